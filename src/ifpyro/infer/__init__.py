@@ -1,0 +1,1 @@
+"""Posterior inference on the Gaussian latent, all chains in one batch."""
