@@ -1,0 +1,272 @@
+r"""Solving the flow: Runge-Kutta on a fixed grid, its exact Jacobian, its exact inverse, and an adaptive oracle.
+
+The state is ``y`` of shape ``(n, D)``; time runs from 0 (data) to 1 (latent). A fixed-grid solve *towards the data* is
+the map ``T`` that a model means when it says "the flow": a composition of steps
+
+.. math:: \Phi(y) = y + \sum_i b_i k_i, \qquad k_i = -h\,\theta'(t_i) \odot F(y + \sum_j a_{ij} k_j,\; t_i).
+
+Nothing is adaptive inside it, so each row is a smooth function of itself alone, gradients are those of the map that is
+evaluated, and
+
+* its log-determinant is that of the product of the step Jacobians ``I + sum_i b_i dk_i/dy`` (not the integral of a
+  divergence, which would carry a discretisation error of its own);
+* its inverse is found step by step: a step of the same method backwards in time as a first guess, then the fixed-point
+  iteration ``y <- y + (target - Phi(y))``, which contracts with a factor of the order of the step.
+
+Tableaux: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (1993), section II.1 and table 5.2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from .schedule import Angles
+from .velocity import Velocity
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge-Kutta method: coefficients and the order it declares."""
+
+    order: int
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+
+    @property
+    def stages(self) -> int:
+        """Velocity evaluations a step."""
+        return len(self.b)
+
+
+TABLEAUX = {
+    "euler": Tableau(1, ((),), (1.0,), (0.0,)),
+    "midpoint": Tableau(2, ((), (1 / 2,)), (0.0, 1.0), (0.0, 1 / 2)),
+    "heun3": Tableau(3, ((), (1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4), (0.0, 1 / 3, 2 / 3)),
+    "rk4": Tableau(
+        4, ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 1 / 2, 1 / 2, 1.0)
+    ),
+    "dopri5": Tableau(
+        5,
+        (
+            (),
+            (1 / 5,),
+            (3 / 40, 9 / 40),
+            (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        ),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A fixed grid: ``t_k = (k / steps)^power``, denser near the data end for ``power > 1``."""
+
+    steps: int = 16
+    power: float = 1.5
+    method: str = "rk4"
+
+    def __post_init__(self) -> None:
+        if self.method not in TABLEAUX:
+            raise ValueError(f"expected a method among {sorted(TABLEAUX)}, got {self.method!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"a grid expects steps to be a positive integer, got {self.steps!r}")
+        if not self.power > 0:
+            raise ValueError(f"a grid expects power > 0, got {self.power!r}")
+
+    @property
+    def evaluations(self) -> int:
+        """Velocity evaluations in one solve."""
+        return self.steps * TABLEAUX[self.method].stages
+
+    def times(self) -> Tensor:
+        """The ``steps + 1`` nodes, double precision."""
+        return torch.linspace(0, 1, self.steps + 1, dtype=torch.double) ** self.power
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that one step needs besides the state: per stage, an embedding and the rate ``-h theta'(t_i)``."""
+
+    tableau: Tableau
+    embedding: Tensor  # (stages, E)
+    rate: Tensor  # (stages, D)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The steps of a grid in both directions, each in the order in which it is taken."""
+
+    to_data: tuple[Step, ...]
+    to_latent: tuple[Step, ...]
+
+
+def build_solver(velocity: Velocity, angles: Angles, grid: Grid, like: Tensor) -> Solver:
+    """Evaluate angles, speeds and embeddings of every stage of every step once.
+
+    Args:
+        velocity: the flow's velocity.
+        angles: the flow's angles.
+        grid: where the steps are.
+        like: a tensor with the dtype and device of the states.
+    """
+    tableau = TABLEAUX[grid.method]
+    nodes = grid.times().to(like.device)
+    c = torch.tensor(tableau.c, dtype=torch.double, device=like.device)
+
+    def steps(start: Tensor, end: Tensor) -> tuple[Step, ...]:
+        h = (end - start).unsqueeze(-1)
+        t = start.unsqueeze(-1) + c * h  # (steps, stages)
+        embedding = velocity.embed(t.flatten()).unflatten(0, t.shape)
+        rate = (-h.unsqueeze(-1) * angles.speed(t)).to(like)
+        return tuple(Step(tableau, e, r) for e, r in zip(embedding, rate, strict=True))
+
+    forward = steps(nodes[:-1], nodes[1:])
+    backward = steps(nodes[1:].flip(0), nodes[:-1].flip(0))
+    return Solver(to_data=backward, to_latent=forward)
+
+
+def take(velocity: Velocity, step: Step, y: Tensor) -> Tensor:
+    """One Runge-Kutta step ``Phi(y)``; ``y`` of shape ``(n, D)``."""
+    increments: list[Tensor] = []
+    for i, row in enumerate(step.tableau.a):
+        stage = _combine(y, row, increments)
+        increments.append(step.rate[i] * velocity(stage, step.embedding[i]))
+    return _combine(y, step.tableau.b, increments)
+
+
+def take_with_log_det(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One step and ``log|det dPhi/dy|`` (shape ``(n,)``), from the Jacobians of the velocity at the stages."""
+    eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand(*y.shape, -1)
+    increments: list[Tensor] = []
+    tangents: list[Tensor] = []  # dk_i / dy, (n, D, D)
+    for i, row in enumerate(step.tableau.a):
+        stage = _combine(y, row, increments)
+        value, jacobian = velocity_and_jacobian(velocity, stage, step.embedding[i])
+        increments.append(step.rate[i] * value)
+        inner = jacobian @ _combine(eye, row, tangents) if any(row) else jacobian
+        tangents.append(step.rate[i].unsqueeze(-1) * inner)
+    log_det = torch.linalg.slogdet(_combine(eye, step.tableau.b, tangents)).logabsdet
+    return _combine(y, step.tableau.b, increments), log_det
+
+
+def take_with_probes(velocity: Velocity, step: Step, y: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """One step and a Hutchinson estimate of its share of the log-determinant, ``sum_i b_i (-h) tr(theta' F')``.
+
+    Unlike :func:`take_with_log_det` this is the quadrature of the divergence (Grathwohl et al. 2019, eq. 8): it costs
+    one Jacobian-vector product a probe instead of ``D``, has variance from the probes, and agrees with the map's
+    own log-determinant up to the solver's order.
+
+    Args:
+        velocity: the flow's velocity.
+        step: the step to take.
+        y: states, ``(n, D)``.
+        probes: ``(p, n, D)`` with identity second moment, kept fixed by the caller for as long as the result must be a
+            deterministic function.
+    """
+    increments: list[Tensor] = []
+    log_det = y.new_zeros(y.shape[:-1])
+    for i, row in enumerate(step.tableau.a):
+        stage = _combine(y, row, increments)
+        embedding = step.embedding[i]
+        value, products = _velocity_and_products(velocity, stage, embedding, probes)
+        increments.append(step.rate[i] * value)
+        log_det = log_det + step.tableau.b[i] * (probes * step.rate[i] * products).sum(-1).mean(0)
+    return _combine(y, step.tableau.b, increments), log_det
+
+
+def invert(velocity: Velocity, step: Step, guess: Step, target: Tensor, iterations: int) -> Tensor:
+    """The ``y`` with ``Phi(y) = target``: a step the other way, then fixed-point iterations.
+
+    The number of iterations is fixed rather than decided by a tolerance, so that a row's result cannot depend on its
+    batch mates and the loop can be traced; each multiplies the error by a factor of the order of the step.
+    """
+    y = take(velocity, guess, target)
+    for _ in range(iterations):
+        y = y + (target - take(velocity, step, y))
+    return y
+
+
+def velocity_and_jacobian(velocity: Velocity, y: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """``F`` of shape ``(n, D)`` and ``dF_i/dy_j`` of shape ``(n, D, D)``, by ``D`` batched forward-mode products."""
+    dim = y.shape[-1]
+    directions = torch.eye(dim, dtype=y.dtype, device=y.device).unsqueeze(-2).expand(dim, *y.shape)
+    value, products = _velocity_and_products(velocity, y, embedding, directions)
+    return value, products.movedim(0, -1)
+
+
+def divergence(velocity: Velocity, y: Tensor, embedding: Tensor) -> Tensor:
+    """Per-axis diagonal ``dF_j/dy_j`` of shape ``(n, D)``: weighted by ``theta_j'`` it sums to the divergence."""
+    return velocity_and_jacobian(velocity, y, embedding)[1].diagonal(dim1=-2, dim2=-1)
+
+
+def solve_adaptive(
+    velocity: Velocity,
+    angles: Angles,
+    y: Tensor,
+    *,
+    to_data: bool,
+    rtol: float,
+    atol: float,
+    method: str = "dopri5",
+    log_det: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Solve with torchdiffeq's adaptive steps: the oracle for the fixed grids.
+
+    The step size is shared by the batch, so rows influence each other below the tolerance; use it to check, or to
+    transport points to a stated tolerance, not inside a sampler.
+
+    Returns:
+        The end state ``(n, D)`` and the integrated log-determinant ``(n,)`` (zeros unless ``log_det``).
+    """
+
+    def embed(t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.reshape(1)
+        return velocity.embed(t)[0], -angles.speed(t)[0].to(y)
+
+    def plain(t: Tensor, state: Tensor) -> Tensor:
+        embedding, rate = embed(t)
+        return rate * velocity(state, embedding)
+
+    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        embedding, rate = embed(t)
+        value, jacobian = velocity_and_jacobian(velocity, state[0], embedding)
+        return rate * value, (rate * jacobian.diagonal(dim1=-2, dim2=-1)).sum(-1)
+
+    ends = (1.0, 0.0) if to_data else (0.0, 1.0)
+    span = torch.tensor(ends, dtype=torch.double, device=y.device)
+    options = {"rtol": rtol, "atol": atol, "method": method}
+    zeros = y.new_zeros(y.shape[:-1])
+    if log_det:
+        states, logs = odeint(augmented, (y, zeros), span, **options)
+        return states[-1], logs[-1]
+    return odeint(plain, y, span, **options)[-1], zeros
+
+
+def _combine(y: Tensor, weights: tuple[float, ...], increments: list[Tensor]) -> Tensor:
+    for weight, increment in zip(weights, increments, strict=True):
+        if weight:
+            y = torch.add(y, increment, alpha=weight)
+    return y
+
+
+def _velocity_and_products(
+    velocity: Velocity, y: Tensor, embedding: Tensor, directions: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``F(y)`` and ``F'(y) v`` for each of the directions ``v``, ``(p, n, D)``."""
+
+    def value(state: Tensor) -> Tensor:
+        return velocity(state, embedding)
+
+    def product(direction: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.func.jvp(value, (y,), (direction,))
+
+    products: Callable[..., tuple[Tensor, Tensor]] = torch.func.vmap(product, out_dims=(None, 0))
+    return products(directions)

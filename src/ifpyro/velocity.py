@@ -1,0 +1,156 @@
+r"""The velocity ``F(y, t)`` of a flow: its contract, a network that learns it, and one case where it is exact.
+
+With the symbols of :mod:`ifpyro.schedule`, the flow is ``dy_j/dt = -theta_j'(t) F_j(y, t)`` and
+
+.. math:: F(y, t) = E[\sin\theta\,x_0/s - \cos\theta\,n \mid y], \qquad y = \cos\theta\,x_0/s + \sin\theta\,n .
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .schedule import Angles
+
+
+class Velocity(nn.Module, ABC):
+    """The contract: any module with these two methods can drive a flow.
+
+    What depends on time alone is separated from what depends on the state, because a fixed grid visits the same few
+    times in every solve: the flow calls :meth:`embed` once for the grid and :meth:`forward` at every evaluation.
+    Each row of the result must depend on its own row of ``y`` alone (no batch normalisation).
+    """
+
+    @abstractmethod
+    def embed(self, t: Tensor) -> Tensor:
+        """Features of the times ``t`` of shape ``(m,)`` (double precision, in ``[0, 1]``): shape ``(m, E)``."""
+
+    @abstractmethod
+    def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
+        """Velocity ``F`` for ``y`` of shape ``(n, D)`` and an embedding of shape ``(n, E)`` or ``(E,)``."""
+
+    def spec(self) -> dict[str, Any] | None:
+        """Plain data that rebuilds this module in :func:`ifpyro.load`, or None if the user must pass it there."""
+        return None
+
+
+class MLP(Velocity):
+    """A residual multilayer perceptron whose output starts at zero, so that an untrained flow is a Gaussian.
+
+    Each block computes ``h + W_2 silu((1 + a(t)) * (W_1 silu(h)) + b(t))``; scales ``a`` and shifts ``b`` come
+    from angle features, ``sin`` and ``cos`` of multiples of ``t`` and its logarithm near the data end.
+
+    Args:
+        dim: number of axes ``D``.
+        width: hidden units.
+        blocks: residual blocks.
+        dropout: probability of dropping a hidden unit in training.
+        frequencies: number of harmonics of ``t``.
+    """
+
+    def __init__(
+        self, dim: int, width: int = 128, blocks: int = 2, dropout: float = 0.0, frequencies: int = 8
+    ) -> None:
+        super().__init__()
+        if min(dim, width, blocks, frequencies) < 1 or not 0 <= dropout < 1:
+            raise ValueError(
+                "MLP expects dim, width, blocks, frequencies >= 1 and 0 <= dropout < 1, got "
+                f"dim={dim}, width={width}, blocks={blocks}, frequencies={frequencies}, dropout={dropout}"
+            )
+        self.dim, self.width, self.blocks = dim, width, blocks
+        self.dropout_rate, self.frequencies = dropout, frequencies
+        self.time = nn.Sequential(nn.Linear(2 * frequencies + 2, width), nn.SiLU())
+        self.modulation = nn.Linear(width, width * (2 * blocks + 1))
+        self.inlet = nn.Linear(dim, width)
+        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
+        self.second = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(blocks))
+        self.outlet = nn.Linear(width, dim)
+        self.dropout = nn.Dropout(dropout)
+        nn.init.zeros_(self.outlet.weight)
+        nn.init.zeros_(self.outlet.bias)
+
+    def embed(self, t: Tensor) -> Tensor:
+        """All scales and shifts of all blocks, ``(m, width * (2 blocks + 1))``."""
+        k = torch.arange(1, self.frequencies + 1, device=t.device, dtype=t.dtype) * math.pi
+        phase = t.unsqueeze(-1) * k
+        near_data = 0.5 * torch.log(t + 1e-3).unsqueeze(-1)
+        features = torch.cat([phase.sin(), phase.cos(), near_data, t.unsqueeze(-1)], -1)
+        return self.modulation(self.time(features.to(self.outlet.weight.dtype)))
+
+    def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
+        """Velocity ``F`` of shape ``(n, D)``."""
+        shift, *pairs = embedding.split(self.width, dim=-1)
+        h = self.inlet(y) + shift
+        for k, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+            inner = first(nn.functional.silu(h))
+            inner = nn.functional.silu(inner * (1 + pairs[2 * k]) + pairs[2 * k + 1])
+            h = h + second(self.dropout(inner))
+        return self.outlet(nn.functional.silu(h))
+
+    def spec(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return {
+            "kind": "mlp",
+            "dim": self.dim,
+            "width": self.width,
+            "blocks": self.blocks,
+            "dropout": self.dropout_rate,
+            "frequencies": self.frequencies,
+        }
+
+
+class GaussianMixtureVelocity(Velocity):
+    r"""The exact velocity when the data are a mixture of Gaussians, in the coordinates ``x_0/s`` of the flow.
+
+    With ``c = diag(cos theta)``, ``n = diag(sin theta)``, component ``k`` of ``y`` has covariance
+    ``S_k = c Sigma_k c + n^2``, and with the posterior weights ``r_k(y)``
+
+    .. math:: F = \sum_k r_k(y) \left[ n m_k + (n \Sigma_k c - c n) S_k^{-1} (y - c m_k) \right].
+
+    Args:
+        weights: ``(K,)``, positive, summing to one.
+        means: ``(K, D)``.
+        covariances: ``(K, D, D)``.
+        angles: the angles of the flow's schedule on its axes.
+    """
+
+    weights: Tensor
+    means: Tensor
+    covariances: Tensor
+
+    def __init__(self, weights: Tensor, means: Tensor, covariances: Tensor, angles: Angles) -> None:
+        super().__init__()
+        self.angles = angles
+        self.register_buffer("weights", weights)
+        self.register_buffer("means", means)
+        self.register_buffer("covariances", covariances)
+
+    def embed(self, t: Tensor) -> Tensor:
+        """The angles themselves, ``(m, D)``."""
+        return self.angles(t).to(self.means.dtype)
+
+    def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
+        """Exact velocity ``F`` of shape ``(n, D)``."""
+        cos, sin = torch.cos(embedding).unsqueeze(-2), torch.sin(embedding).unsqueeze(-2)  # (..., 1, D)
+        residual = y.unsqueeze(-2) - cos * self.means  # (n, K, D)
+        cov = self.covariances
+        noised = cos.unsqueeze(-1) * cov * cos.unsqueeze(-2) + torch.diag_embed(sin**2)
+        factor = torch.linalg.cholesky(noised)
+        white = torch.linalg.solve_triangular(factor, residual.unsqueeze(-1), upper=False)
+        log_component = -0.5 * white.square().sum((-2, -1)) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        responsibility = torch.softmax(self.weights.log() + log_component, -1)
+        solved = torch.linalg.solve_triangular(factor.mT, white, upper=True).squeeze(-1)
+        slope = sin.unsqueeze(-1) * cov * cos.unsqueeze(-2) - torch.diag_embed(cos * sin)
+        component = sin * self.means + (slope @ solved.unsqueeze(-1)).squeeze(-1)
+        return (responsibility.unsqueeze(-1) * component).sum(-2)
+
+
+def build_velocity(spec: dict[str, Any]) -> Velocity:
+    """The module that :meth:`Velocity.spec` described."""
+    options = dict(spec)
+    kind = options.pop("kind", None)
+    if kind != "mlp":
+        raise ValueError(f"expected a network of kind 'mlp', got {kind!r}")
+    return MLP(**options)
