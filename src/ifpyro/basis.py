@@ -1,0 +1,72 @@
+"""The axes of a flow: mean, rotation and scales of the data."""
+
+import torch
+from torch import Tensor, nn
+
+# Below this ratio of smallest to largest scale, single precision can no longer tell the smallest axis from rounding.
+_COLLINEAR = 1e-5
+
+
+class Basis(nn.Module):
+    """The affine map between data ``x`` and standardised coordinates ``v = (x - mu) W / s``.
+
+    Args:
+        mean: ``mu``, shape ``(D,)``.
+        rotation: ``W``, orthonormal columns are the axes, shape ``(D, D)``.
+        scale: ``s``, standard deviation along each axis, descending, shape ``(D,)``.
+    """
+
+    mean: Tensor
+    rotation: Tensor
+    scale: Tensor
+
+    def __init__(self, mean: Tensor, rotation: Tensor, scale: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mean", mean)
+        self.register_buffer("rotation", rotation)
+        self.register_buffer("scale", scale)
+
+    @classmethod
+    def from_samples(cls, x: Tensor) -> "Basis":
+        """Eigenbasis of the sample covariance of ``x``, shape ``(N, D)``; computed in double precision."""
+        return cls.from_moments(x.double().mean(0), torch.cov(x.double().T).reshape(x.shape[1], -1), x)
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor, like: Tensor) -> "Basis":
+        """Eigenbasis of a covariance, as tensors of the dtype and device of ``like``.
+
+        Raises:
+            ValueError: if the covariance is singular to working precision.
+        """
+        variance, rotation = torch.linalg.eigh(covariance)
+        scale = variance.clamp(min=0).sqrt().flip(0)
+        rotation = rotation.flip(1)
+        # The sign of an eigenvector is arbitrary: fix it, so that two machines agree.
+        largest = rotation.gather(0, rotation.abs().argmax(0, keepdim=True))
+        rotation = rotation * torch.where(largest < 0, -1.0, 1.0)
+        if not bool(scale[-1] > _COLLINEAR * scale[0]):
+            axis = rotation[:, -1].abs()
+            columns = torch.nonzero(axis > 0.1 * axis.max()).flatten().tolist()[:10]
+            raise ValueError(
+                f"expected columns that are linearly independent, but columns {columns} (among others) are collinear: "
+                f"the data's smallest scale is {float(scale[-1] / scale[0]):.1e} of the largest (limit "
+                f"{_COLLINEAR:.0e}). Drop redundant columns or add a little noise to them"
+            )
+        return cls(mean.to(like), rotation.to(like), scale.to(like))
+
+    @property
+    def dim(self) -> int:
+        """Number of axes ``D``."""
+        return len(self.scale)
+
+    def to_standard(self, x: Tensor) -> Tensor:
+        """``v = (x - mu) W / s`` for ``x`` of shape ``(..., D)``."""
+        return (x - self.mean) @ self.rotation / self.scale
+
+    def from_standard(self, v: Tensor) -> Tensor:
+        """``x = mu + (s v) W^T`` for ``v`` of shape ``(..., D)``."""
+        return self.mean + (v * self.scale) @ self.rotation.T
+
+    def log_det(self) -> Tensor:
+        """``log|det dx/dv| = sum log s``, a scalar."""
+        return self.scale.log().sum()

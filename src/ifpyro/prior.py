@@ -1,0 +1,170 @@
+"""The flow as a Pyro transform and a Pyro distribution: the only module that knows ``pyro.distributions``."""
+
+from typing import Any, ClassVar
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.transforms import _InverseTransform
+
+from .flow import InflationaryFlow
+
+
+class FlowTransform(TransformModule):
+    """The map from the Gaussian latent to data as a ``TransformModule``.
+
+    Domain: real vectors of length ``flow.latent_dim``; codomain: the flow's support over its event shape; any batch
+    shape. A plain call solves the flow without a log-determinant, because inference on the latent needs none;
+    ``log_abs_det_jacobian(z, x)`` is then one pass of Jacobians from ``z``, and never inverts anything.
+
+    With ``cache_size=1`` a call also computes the log-determinant, in the same solve, and remembers ``(z, x, log_det)``:
+    ``inv(x)`` and ``log_abs_det_jacobian(z, x)`` after it cost nothing, and likewise after an inverse call. A remembered
+    result that carries an autograd graph is handed out once, and not at all after a backward pass went through it, so
+    that no graph can be run backward a second time.
+
+    Args:
+        flow: the flow.
+        cache_size: 0 or 1.
+    """
+
+    bijective = True
+    is_ifpyro_flow: ClassVar[bool] = True
+    """How a sampler recognises a site whose latent it should use."""
+
+    def __init__(self, flow: InflationaryFlow, cache_size: int = 0) -> None:
+        super().__init__(cache_size=cache_size)
+        self.flow = flow
+        self._memory: _Memory | None = None
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def domain(self) -> constraints.Constraint:
+        """Real vectors."""
+        return constraints.real_vector
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        """The flow's support, over its event shape."""
+        support = self.flow.support or constraints.real
+        extra = len(self.flow.event_shape) - support.event_dim
+        return constraints.independent(support, extra) if extra else support
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        """``(*batch, latent_dim)`` to ``(*batch, *event_shape)``."""
+        return _swap_tail(shape, torch.Size([self.flow.latent_dim]), self.flow.event_shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        """``(*batch, *event_shape)`` to ``(*batch, latent_dim)``."""
+        return _swap_tail(shape, self.flow.event_shape, torch.Size([self.flow.latent_dim]))
+
+    @property
+    def inv(self) -> "InverseFlowTransform":
+        """The map from data to latent; ``t.inv.inv is t``."""
+        if self._inv is None:
+            self._inv = InverseFlowTransform(self)
+        return self._inv
+
+    def with_cache(self, cache_size: int = 1) -> "FlowTransform":
+        """The same flow with another cache size."""
+        return self if cache_size == self._cache_size else FlowTransform(self.flow, cache_size=cache_size)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """Data ``x`` of latents ``z``."""
+        if self._cache_size == 0:
+            return self.flow.decode(z)
+        if self._memory is None or not self._memory.has(z=z):
+            x, log_det = self.flow.decode_and_log_det(z)
+            self._memory = _Memory(z=z, x=x, log_det=log_det, computed=x)
+        return self._memory.x
+
+    def _inv_call(self, x: Tensor) -> Tensor:
+        if self._cache_size == 0:
+            return self.flow.encode(x)
+        if self._memory is None or not self._memory.has(x=x):
+            z, log_det = self.flow.encode_and_log_det(x)
+            self._memory = _Memory(z=z, x=x, log_det=-log_det, computed=z)
+        return self._memory.z
+
+    def _call(self, z: Tensor) -> Tensor:
+        return self.flow.decode(z)
+
+    def _inverse(self, x: Tensor) -> Tensor:
+        return self.flow.encode(x)
+
+    def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
+        """``log|det dx/dz|`` in nats, of the batch shape; ``x`` must be the image of ``z``."""
+        memory = self._memory
+        if memory is not None and memory.matches(z, x):
+            log_det = memory.take_log_det()
+            if log_det is not None:
+                return log_det
+        return self.flow.decode_and_log_det(z)[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_memory": None}
+
+    def __repr__(self) -> str:
+        return f"FlowTransform({self.flow.latent_dim} -> {tuple(self.flow.event_shape)})"
+
+
+class InverseFlowTransform(_InverseTransform):
+    """Data to latent. Unlike torch's inverse wrapper it survives copying and pickling."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._inv._inv = self  # a copy's inverse's inverse is the copy
+
+
+class _Memory:
+    """One pair ``x = T(z)`` and its log-determinant, with what is needed to know that they may still be used."""
+
+    def __init__(self, *, z: Tensor, x: Tensor, log_det: Tensor, computed: Tensor) -> None:
+        self.z, self.x = z, x
+        self._versions = (z._version, x._version)
+        self._carries_graph = computed.requires_grad or log_det.requires_grad
+        self._computed = computed
+        self._log_det: Tensor | None = log_det
+        for tensor in (computed, log_det):
+            if tensor.requires_grad:
+                tensor.register_hook(self._forget_log_det)
+
+    def has(self, *, z: Tensor | None = None, x: Tensor | None = None) -> bool:
+        """Whether the partner of this very tensor may be handed out."""
+        given, kept, partner = (z, self.z, self.x) if x is None else (x, self.x, self.z)
+        reused_graph = self._carries_graph and partner is self._computed
+        return given is kept and self._unchanged() and not reused_graph
+
+    def matches(self, z: Tensor, x: Tensor) -> bool:
+        """Whether these very tensors are the pair."""
+        return z is self.z and x is self.x and self._unchanged()
+
+    def take_log_det(self) -> Tensor | None:
+        """The log-determinant, once if it carries a graph."""
+        log_det = self._log_det
+        if self._carries_graph:
+            self._log_det = None
+        return log_det
+
+    def _unchanged(self) -> bool:
+        return self._versions == (self.z._version, self.x._version)
+
+    def _forget_log_det(self, _: Tensor) -> None:
+        self._log_det = None
+
+
+def flow_prior(flow: InflationaryFlow) -> dist.TransformedDistribution:
+    """``x = T(z)``, ``z ~ N(0, I)``, as a Pyro distribution of event shape ``flow.event_shape``."""
+    zeros = torch.zeros(flow.latent_dim, dtype=flow.dtype, device=flow.device)
+    base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+    return dist.TransformedDistribution(base, [FlowTransform(flow)])
+
+
+def _swap_tail(shape: torch.Size, old: torch.Size, new: torch.Size) -> torch.Size:
+    cut = len(shape) - len(old)
+    if cut < 0 or shape[cut:] != old:
+        raise ValueError(f"expected a shape ending in {tuple(old)}, got {tuple(shape)}")
+    return torch.Size([*shape[:cut], *new])
