@@ -1,0 +1,135 @@
+r"""Independence jumps: Metropolis-Hastings proposals that do not care where the chain stands.
+
+The proposal is a frozen mixture, fitted to reference draws (the SMC particles, or warm-up draws):
+
+    g(q) = w p(q) + (1 - w)/M sum_m N(q; r_m, h^2 C_m),
+
+the model's own prior ``p`` (sampled exactly; it guards the tails) beside one Gaussian per reference draw whose shape
+``C_m`` comes from its nearest neighbours. A jump is accepted with ``min(1, pi(q') g(q) / (pi(q) g(q')))``, so the
+posterior stays invariant whatever the mixture looks like (Tierney 1994, section 2.3.3). In a few dimensions such jumps
+are nearly independent draws and carry chains between separated modes; in many they are hardly ever accepted, and the
+kernel then drops them.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ifpyro.infer.hamiltonian import State
+from ifpyro.infer.target import Guide, Target, Value
+
+PRIOR_WEIGHT = 0.1
+BANDWIDTHS = (0.15, 0.25, 0.4, 0.6, 0.9, 1.2)
+MAX_COMPONENTS = 512
+
+
+class IndependenceProposal:
+    """The mixture ``g``.
+
+    Args:
+        reference: draws to fit, ``(M, dim)``; at most `MAX_COMPONENTS` of them are used.
+        target: the model, for exact prior draws.
+    """
+
+    def __init__(self, reference: Tensor, target: Target) -> None:
+        self._target = target
+        reference = torch.unique(reference, dim=0)  # resampled copies add nothing but ties
+        if len(reference) > MAX_COMPONENTS:
+            keep = torch.linspace(0, len(reference) - 1, MAX_COMPONENTS, device=reference.device).long()
+            reference = reference[keep]
+        num, dim = reference.shape
+        spread = reference.std(0).clamp_min(1e-12) if num > 1 else torch.ones_like(reference[0])
+        distance = torch.cdist(reference / spread, reference / spread)
+        neighbours = min(num, max(2 * dim + 2, 12))
+        near = reference[distance.topk(neighbours, largest=False).indices]  # (M, k, dim)
+        offset = near - reference[:, None]
+        covariance = torch.einsum("mki,mkj->mij", offset, offset) / neighbours
+        variance = covariance.diagonal(dim1=-2, dim2=-1).clamp_min(1e-8 * spread.square())
+        keep_part = neighbours / (neighbours + dim)
+        covariance = keep_part * covariance
+        covariance.diagonal(dim1=-2, dim2=-1).copy_(variance * (1 + 1e-6))
+        self.reference = reference
+        self._factor = torch.linalg.cholesky(covariance)
+        inverse = torch.linalg.solve_triangular(
+            self._factor, torch.eye(dim, dtype=reference.dtype, device=reference.device).expand_as(covariance),
+            upper=False,
+        )
+        # |L_m^{-1} (q - r_m)|^2 for all pairs is one matrix product: stack the inverses, subtract their centres.
+        self._inverse = inverse.reshape(num * dim, dim)
+        self._centre = (inverse @ reference[:, :, None]).reshape(num * dim)
+        self._log_det = self._factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        self.bandwidth = self._best_bandwidth()
+
+    def _squared_distance(self, q: Tensor) -> Tensor:
+        num, dim = self.reference.shape
+        return (q @ self._inverse.T - self._centre).reshape(len(q), num, dim).square().sum(-1)
+
+    def _log_kernels(self, squared: Tensor, bandwidth: float) -> Tensor:
+        dim = self.reference.shape[1]
+        constant = dim * (math.log(bandwidth) + 0.5 * math.log(2 * math.pi))
+        return -0.5 * squared / bandwidth**2 - self._log_det - constant
+
+    def _best_bandwidth(self) -> float:
+        """The bandwidth of the highest leave-one-out log-likelihood."""
+        squared = self._squared_distance(self.reference)
+        scores = []
+        for bandwidth in BANDWIDTHS:
+            log_kernels = self._log_kernels(squared, bandwidth)
+            log_kernels.fill_diagonal_(-torch.inf)
+            scores.append(float(log_kernels.logsumexp(1).mean()))
+        return BANDWIDTHS[max(range(len(scores)), key=scores.__getitem__)]
+
+    def log_density(self, q: Tensor, log_prior: Tensor) -> Tensor:
+        """``log g(q)``, shape ``(n,)``, given the model's log-prior at ``q``."""
+        log_mixture = self._log_kernels(self._squared_distance(q), self.bandwidth).logsumexp(1)
+        log_mixture = log_mixture + math.log((1 - PRIOR_WEIGHT) / len(self.reference))
+        return torch.logaddexp(log_mixture, log_prior + math.log(PRIOR_WEIGHT))
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """``num`` draws from the mixture, ``(num, dim)``."""
+        reference = self.reference
+        options = {"generator": generator, "device": reference.device}
+        index = torch.randint(len(reference), (num,), **options)  # type: ignore[call-overload]
+        noise = torch.randn(num, reference.shape[1], dtype=reference.dtype, **options)  # type: ignore[call-overload]
+        local = reference[index] + self.bandwidth * (self._factor[index] @ noise[:, :, None])[:, :, 0]
+        from_prior = torch.rand(num, **options) < PRIOR_WEIGHT  # type: ignore[call-overload]
+        return torch.where(from_prior[:, None], self._target.density.sample_prior(num, generator), local)
+
+
+def jump(
+    target: Target, state: State, proposal: IndependenceProposal, generator: torch.Generator
+) -> tuple[State, Tensor]:
+    """One independence jump of every chain at ``beta = 1``; fine posterior invariant.
+
+    Returns:
+        the new state and the acceptance probabilities ``(n,)``.
+    """
+    q = proposal.sample(len(state.q), generator)
+    fine = target.fine(q)
+    log_ratio = (
+        fine.tempered(1.0)
+        - state.fine.tempered(1.0)
+        + proposal.log_density(state.q, state.fine.log_prior)
+        - proposal.log_density(q, fine.log_prior)
+    )
+    acceptance = log_ratio.clamp(max=0.0).exp().nan_to_num(0.0)
+    uniform = torch.rand(len(q), generator=generator, device=q.device, dtype=q.dtype)
+    accepted = uniform < acceptance
+    if not bool(accepted.any()):
+        return state, acceptance
+
+    def choose(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(accepted if new.ndim == 1 else accepted[:, None], new, old)
+
+    # Only the chains that jumped need the guide at their new place.
+    guide = target.guide(q[accepted])
+    value = Value(state.guide.value.log_prior.clone(), state.guide.value.log_likelihood.clone())
+    gradient = state.guide.gradient.clone()
+    value.log_prior[accepted] = guide.value.log_prior
+    value.log_likelihood[accepted] = guide.value.log_likelihood
+    gradient[accepted] = guide.gradient
+    fine = Value(
+        choose(fine.log_prior, state.fine.log_prior), choose(fine.log_likelihood, state.fine.log_likelihood)
+    )
+    return State(choose(q, state.q), fine, Guide(value, gradient)), acceptance

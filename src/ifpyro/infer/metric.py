@@ -1,0 +1,63 @@
+r"""The metric of Hamiltonian moves: a linear map ``q = S w`` to coordinates in which the target is round.
+
+With momentum ``p ~ N(0, I)`` in the whitened coordinates ``w``, Hamilton's equations read
+
+    dq/dt = S p,        dp/dt = S^T grad log pi(q),
+
+which is the usual mass matrix ``M = (S S^T)^{-1}``. ``S`` is a vector (per-axis scale) or a lower-triangular matrix.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Metric(NamedTuple):
+    """The map ``q = S w``."""
+
+    scale: Tensor
+    """``S``: shape ``(dim,)`` for a diagonal metric, ``(dim, dim)`` lower-triangular for a dense one."""
+
+    def push(self, w: Tensor) -> Tensor:
+        """``S w`` for rows ``w`` of shape ``(n, dim)``: a velocity in ``q``."""
+        return w * self.scale if self.scale.ndim == 1 else w @ self.scale.T
+
+    def pull(self, gradient: Tensor) -> Tensor:
+        """``S^T g`` for rows ``g`` of shape ``(n, dim)``: a gradient in ``w``."""
+        return gradient * self.scale if self.scale.ndim == 1 else gradient @ self.scale
+
+    def whiten(self, q: Tensor) -> Tensor:
+        """``S^{-1} q`` for rows ``q`` of shape ``(n, dim)``."""
+        if self.scale.ndim == 1:
+            return q / self.scale
+        return torch.linalg.solve_triangular(self.scale, q.T, upper=False).T
+
+
+def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | None = None) -> Metric:
+    """The metric that whitens weighted draws, regularised towards its diagonal.
+
+    Args:
+        q: draws, ``(n, dim)``.
+        weight: non-negative weights, ``(n,)``; equal if left out.
+        dense: a full covariance or only its diagonal; by default full when the draws can carry it, that is when
+            their effective number is at least ``2 dim``.
+    """
+    num, dim = q.shape
+    weight = torch.full_like(q[:, 0], 1.0 / num) if weight is None else weight / weight.sum()
+    effective = float(1.0 / weight.square().sum())
+    centred = q - weight @ q
+    variance = weight @ centred.square()
+    # An axis on which all draws agree (resampled copies) would freeze; hold a floor relative to the other axes.
+    floor = 1e-6 * variance.max().clamp_min(1e-12)
+    variance = variance.clamp_min(floor)
+    if dense is None:
+        dense = dim > 1 and effective >= 2 * dim
+    if not dense:
+        return Metric(variance.sqrt())
+    # The draws' covariance has noise of relative size sqrt(dim / effective): pull it towards its diagonal.
+    keep = effective / (effective + dim)
+    covariance = keep * (centred * weight[:, None]).T @ centred
+    covariance.diagonal().copy_(variance * (1.0 + 1e-6))
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    return Metric(variance.sqrt()) if bool(failed) else Metric(factor)

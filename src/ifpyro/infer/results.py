@@ -1,0 +1,100 @@
+"""What a finished run holds: draws of every named site, statistics per draw, and ArviZ's diagnostics of them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ifpyro.fidelity import fidelity
+from ifpyro.infer.density import BatchedDensity
+
+SITE_ROWS = 4096
+"""Draws turned into sites at a time, where no batch size is set."""
+
+
+class Results:
+    """Base of `MCMC` and `SMC`: everything that does not depend on how the draws were made."""
+
+    model: Any
+    """The Pyro model, or density, that was run."""
+    model_args: tuple[Any, ...]
+    """Positional arguments of the last run."""
+    model_kwargs: dict[str, Any]
+    """Keyword arguments of the last run."""
+    attributes: dict[str, Any]
+    """Scalar facts about the run (seed, temperatures, evidence, ...), for the ``attrs`` of an ArviZ group."""
+
+    _density: BatchedDensity | None = None
+    _positions: Tensor | None = None
+    _stats: dict[str, Tensor]
+    _batch_size: int | None = None
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Draws of every named site in the user's space.
+
+        Args:
+            group_by_chain: keep chains apart: ``(chains, draws, *shape)`` instead of ``(chains * draws, *shape)``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        positions = self.positions()
+        chains, draws, dim = positions.shape
+        sites = self._sites(positions.reshape(chains * draws, dim))
+        if not group_by_chain:
+            return sites
+        return {name: value.reshape(chains, draws, *value.shape[1:]) for name, value in sites.items()}
+
+    def positions(self) -> Tensor:
+        """The unconstrained draws themselves, ``(chains, draws, dim)``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        if self._positions is None or self._positions.shape[1] == 0:
+            raise RuntimeError(f"{type(self).__name__} holds no draws: call run(...) first, and let it finish warm-up")
+        return self._positions
+
+    def sample_stats(self) -> dict[str, Tensor]:
+        """Statistics of every draw, each ``(chains, draws)``: ``lp, energy, acceptance_rate, diverging, step_size,
+        n_steps, fidelity_gap`` and, for `SMC`, ``log_weight``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        self.positions()
+        return dict(self._stats)
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Per site ``{"n_eff": ..., "r_hat": ...}`` (ArviZ), and ``"divergences"``: chain -> indices of divergent draws.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        from ifpyro import arviz
+
+        report: dict[str, Any] = dict(arviz.convergence(self.get_samples(group_by_chain=True)))
+        report["divergences"] = {
+            f"chain {chain}": row.nonzero()[:, 0].tolist() for chain, row in enumerate(self.sample_stats()["diverging"])
+        }
+        return report
+
+    def summary(self, **options: Any) -> Any:
+        """ArviZ's summary table: mean, sd, interval, Monte Carlo error, ESS and R-hat of every site.
+
+        Args:
+            options: passed to ``arviz.summary``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        from ifpyro import arviz
+
+        self.positions()
+        return arviz.summary(self, **options)
+
+    def _sites(self, q: Tensor) -> dict[str, Tensor]:
+        assert self._density is not None
+        with torch.no_grad(), fidelity("fine"):
+            parts = [self._density.sites(chunk) for chunk in q.split(self._batch_size or SITE_ROWS)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,307 @@
+r"""Tempered sequential Monte Carlo: from exact prior draws to the posterior, with the evidence on the way.
+
+Particles pass through ``pi_k(q) ~ prior(q) likelihood(q)^beta_k`` for ``0 = beta_0 < ... < beta_K = 1``. Each stage
+reweights by ``likelihood^(beta_{k+1} - beta_k)``, resamples, and moves every particle by Hamiltonian Monte Carlo that
+leaves ``pi_{k+1}`` invariant (Del Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin & Jacob 2021 for HMC moves).
+The evidence is estimated by the product of mean incremental weights,
+
+    log Z = sum_k log( 1/N sum_i likelihood(q_i)^(beta_{k+1} - beta_k) ).
+
+The particles live in *islands* that resample on their own and share only tuning (temperatures, metric, step size):
+the spread of their evidences is an honest standard error, and islands serve as chains for R-hat.
+"""
+
+import math
+import secrets
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ifpyro.fidelity import Level
+from ifpyro.infer import hamiltonian
+from ifpyro.infer.adaptation import TrajectoryLength, harmonic_mean
+from ifpyro.infer.arguments import check_count, check_fraction
+from ifpyro.infer.density import BatchedDensity
+from ifpyro.infer.metric import Metric, metric_from_draws
+from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
+from ifpyro.infer.results import Results
+from ifpyro.infer.target import Target, Value
+from ifpyro.infer.tempering import next_temperature, systematic_resample
+
+CORRELATION = 0.1
+"""Correlation with the start of a temperature at which its moves stop."""
+
+
+class Stage(NamedTuple):
+    """What one temperature did."""
+
+    beta: float
+    """Inverse temperature reached."""
+    moves: int
+    """Hamiltonian moves made there."""
+    step_size: float
+    """Leapfrog step at its end, in whitened units."""
+    num_steps: int
+    """Leapfrog steps spent per particle."""
+    acceptance: float
+    """Mean acceptance of the moves."""
+    correlation: float
+    """Correlation of the particles with where they stood before the moves: root mean square over axes, or that of the
+    log-likelihood if larger."""
+    level: Level
+    """Fidelity of the guide."""
+
+
+class Tuning(NamedTuple):
+    """What a kernel started from the particles wants to know."""
+
+    step_size: float
+    length: float
+    metric: Metric
+    level: Level
+
+
+class SMC(Results):
+    """Tempered SMC over a Pyro model.
+
+    Args:
+        model: the Pyro model.
+        num_particles: particles in all, split evenly among the islands.
+        num_islands: independent samplers in one batch; the standard error of the evidence has ``num_islands - 1``
+            degrees of freedom.
+        ess_threshold: effective fraction of the particles that each temperature step keeps.
+        max_moves: most Hamiltonian moves per temperature; fewer are made where particles decorrelate earlier.
+        target_accept: harmonic-mean acceptance at which the step size aims.
+        max_steps: most leapfrog steps per move.
+        level: fidelity of the gradients, by default the cheapest that agrees with the fine density.
+        seed: of all randomness; fresh if ``None``.
+        batch_size: most particles evaluated at once (bounds memory).
+        batching: how to batch the model (see `BatchedModel`); chosen by itself if ``None``.
+        progress: show a progress bar with temperature and evidence.
+
+    After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard error by the
+    delta method), `island_log_evidence` ``(num_islands,)``, `stages`, and `pareto_k` where prior draws carried enough
+    weight for a single importance sampling step (above 0.7 it is not to be trusted: Vehtari et al. 2024).
+
+    Raises:
+        ValueError: for arguments out of range.
+        TypeError: if ``model`` is not callable.
+    """
+
+    log_evidence: float
+    log_evidence_se: float
+    island_log_evidence: Tensor
+    stages: list[Stage]
+    pareto_k: float | None
+    tuning: Tuning
+
+    def __init__(
+        self,
+        model: Any,
+        num_particles: int = 512,
+        *,
+        num_islands: int = 4,
+        ess_threshold: float = 0.5,
+        max_moves: int = 20,
+        target_accept: float = 0.7,
+        max_steps: int = 64,
+        level: Level | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        batching: str | None = None,
+        progress: bool = True,
+    ) -> None:
+        check_model(model, "SMC")
+        self.model = model
+        self.num_particles = check_count("num_particles", num_particles, 2)
+        self.num_islands = check_count("num_islands", num_islands, 1)
+        if num_particles % num_islands or num_particles < 2 * num_islands:
+            raise ValueError(
+                f"num_particles must be a multiple of num_islands with at least 2 each, got {num_particles} particles "
+                f"for {num_islands} islands"
+            )
+        self.ess_threshold = check_fraction("ess_threshold", ess_threshold)
+        self.max_moves = check_count("max_moves", max_moves, 1)
+        self.target_accept = check_fraction("target_accept", target_accept)
+        self.max_steps = check_count("max_steps", max_steps, 1)
+        self.level = level
+        self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
+        self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        self._batching = batching
+        self._progress = progress
+        self._stats = {}
+        self.attributes = {}
+
+    def run(self, *args: Any, **kwargs: Any) -> "SMC":
+        """Sample the posterior of ``model(*args, **kwargs)``.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: if the model has no latent, or is impossible or not a number at every prior draw.
+            RuntimeError: if the model fails on the way.
+        """
+        self.model_args, self.model_kwargs = args, kwargs
+        density = resolve_density(
+            self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
+        )
+        return self.run_density(density)
+
+    def run_density(self, density: BatchedDensity, generator: torch.Generator | None = None) -> "SMC":
+        """Sample the posterior of a batched density."""
+        self._density, self._positions = density, None
+        generator = new_generator(density, self.seed) if generator is None else generator
+        target = Target(density, self._batch_size, self.level)
+        q = density.sample_prior(self.num_particles, generator)
+        fine = target.fine(q)
+        check_start(fine, "prior draws")
+
+        self.stages, self.pareto_k = [], None
+        islands, per_island = self.num_islands, self.num_particles // self.num_islands
+        log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
+        length = TrajectoryLength()
+        step_size = q.shape[1] ** -0.25
+        beta = 0.0
+        bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
+        with bar:
+            while beta < 1.0:
+                log_likelihood = fine.log_likelihood.nan_to_num(-torch.inf, posinf=torch.inf)
+                log_likelihood = log_likelihood.reshape(islands, per_island)
+                _check_islands(log_likelihood)
+                beta_next = next_temperature(log_likelihood, beta, self.ess_threshold)
+                log_weight = (beta_next - beta) * log_likelihood.double()
+                log_evidence += log_weight.logsumexp(1) - math.log(per_island)
+                if beta == 0.0 and beta_next == 1.0:
+                    self.pareto_k = _pareto_k(log_weight.flatten())
+                weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
+                metric = metric_from_draws(q, weight)
+                index = systematic_resample(log_weight, generator)
+                index = (index + per_island * torch.arange(islands, device=q.device)[:, None]).flatten()
+                beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
+                state, info, step_size = self._move(target, q, fine, beta, metric, length, step_size, generator)
+                q, fine = state.q, state.fine
+                stage = self.stages[-1]
+                bar.set_postfix_str(
+                    f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
+                    f"accept={stage.acceptance:.2f} moves={stage.moves}"
+                )
+        self._finish(q, state, info, log_evidence, Tuning(step_size, length.length, metric, target.level))
+        return self
+
+    def _move(
+        self,
+        target: Target,
+        q: Tensor,
+        fine: Value,
+        beta: float,
+        metric: Metric,
+        length: TrajectoryLength,
+        step_size: float,
+        generator: torch.Generator,
+    ) -> tuple[hamiltonian.State, hamiltonian.Info, float]:
+        """Move all particles at ``beta`` until they have left where they stood."""
+        target.choose_level(q, fine, beta)
+        state = hamiltonian.start(target, q, fine, beta)
+        origin = metric.whiten(q)
+        history: list[float] = []
+        steps, acceptance = 0, 0.0
+        for move in range(self.max_moves):
+            jitter = length.jitter(move)
+            num_steps = length.num_steps(step_size, jitter, self.max_steps)
+            before = metric.whiten(state.q)
+            state, info = hamiltonian.transition(
+                target, state, step_size=step_size, num_steps=num_steps, metric=metric, generator=generator, beta=beta
+            )
+            after = metric.whiten(info.proposal)
+            length.update(before, after, info.velocity, info.guide_acceptance, jitter, step_size)
+            step_size *= math.exp(0.5 * (harmonic_mean(info.guide_acceptance) - self.target_accept))
+            steps += num_steps
+            acceptance += float(info.acceptance.mean())
+            history.append(
+                max(
+                    _correlation(origin, metric.whiten(state.q)),
+                    _correlation(fine.log_likelihood[:, None], state.fine.log_likelihood[:, None]),
+                )
+            )
+            if _decorrelated(history, self.num_particles):
+                break
+        moves = len(history)
+        self.stages.append(Stage(beta, moves, step_size, steps, acceptance / moves, history[-1], target.level))
+        return state, info, step_size
+
+    def _finish(
+        self, q: Tensor, state: hamiltonian.State, info: hamiltonian.Info, log_evidence: Tensor, tuning: Tuning
+    ) -> None:
+        islands = self.num_islands
+        shape = (islands, self.num_particles // islands)
+        self.island_log_evidence = log_evidence
+        self.log_evidence = float(_log_mean(log_evidence))
+        ratio = (log_evidence - self.log_evidence).exp()
+        self.log_evidence_se = float(ratio.std() / math.sqrt(islands)) if islands > 1 else math.nan
+        self.tuning = tuning
+        self._positions = q.reshape(*shape, q.shape[1])
+        last = self.stages[-1]
+        lp = state.fine.tempered(1.0)
+        self._stats = {
+            "lp": lp,
+            "energy": info.energy,
+            "acceptance_rate": info.acceptance,
+            "diverging": info.diverging,
+            "step_size": torch.full_like(lp, last.step_size),
+            "n_steps": torch.full_like(lp, info.num_steps, dtype=torch.long),
+            "fidelity_gap": info.gap,
+            "log_weight": (log_evidence - self.log_evidence).to(lp.dtype).repeat_interleave(shape[1]),
+        }
+        self._stats = {name: value.reshape(shape) for name, value in self._stats.items()}
+        self.attributes = {
+            "inference_method": "smc",
+            "seed": self.seed,
+            "log_evidence": self.log_evidence,
+            "log_evidence_se": self.log_evidence_se,
+            "temperatures": [stage.beta for stage in self.stages],
+            "guide_level": str(tuning.level),
+        }
+        if self.pareto_k is not None:
+            self.attributes["pareto_k"] = self.pareto_k
+
+
+def _log_mean(log_values: Tensor) -> Tensor:
+    return log_values.logsumexp(0) - math.log(len(log_values))
+
+
+def _check_islands(log_likelihood: Tensor) -> None:
+    dead = ~(log_likelihood > -torch.inf).any(1)
+    if bool(dead.any()):
+        raise ValueError(
+            f"in {int(dead.sum())} of {len(dead)} islands no particle has a positive likelihood: the data are nearly "
+            "impossible under the prior; use more particles, fewer islands, or a wider likelihood"
+        )
+
+
+def _correlation(origin: Tensor, now: Tensor) -> float:
+    """Root mean square over columns of the correlation, over rows, between two populations."""
+    a, b = origin - origin.mean(0), now - now.mean(0)
+    product = (a * b).mean(0).square()
+    return float((product / (a.square().mean(0) * b.square().mean(0)).clamp_min(1e-30)).mean().sqrt())
+
+
+def _decorrelated(history: list[float], num_particles: int) -> bool:
+    """Whether to stop moving: little correlation is left, or three moves in a row hardly lowered it.
+
+    Moving less looks harmless and is not: particles that keep their log-likelihood carry their weights' luck from one
+    temperature to the next, and every island then underestimates the evidence alike (by 6 nats on a 64-dimensional
+    target when stopping at 0.3). The second rule is for separated modes: no local move removes the correlation
+    that says which mode a particle is in.
+    """
+    if history[-1] < max(CORRELATION, 1.5 * num_particles**-0.5):
+        return True
+    return len(history) >= 6 and min(history[-3:]) > 0.93 * min(history[:-3])
+
+
+def _pareto_k(log_weight: Tensor) -> float:
+    from ifpyro import arviz
+
+    return float(arviz.pareto_k(log_weight))

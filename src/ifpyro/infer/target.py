@@ -1,0 +1,110 @@
+"""A batched density seen at two fidelities: a *guide* that gives gradients, and the fine density that decides.
+
+The guide may be a coarse solve of the flows inside the model. It steers proposals only; acceptance always uses the fine
+density, so a poor guide costs efficiency and never correctness.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ifpyro.fidelity import Level, fidelity
+from ifpyro.infer.density import BatchedDensity, log_density_and_grad
+
+LADDER: tuple[Level, ...] = ("coarse", 8, 16, "fine")
+"""Guides from cheap to exact, tried in this order."""
+
+
+class Value(NamedTuple):
+    """The two terms of a log-density at a batch of draws."""
+
+    log_prior: Tensor
+    """``(n,)``"""
+    log_likelihood: Tensor
+    """``(n,)``"""
+
+    def tempered(self, beta: float) -> Tensor:
+        """``log_prior + beta * log_likelihood``, with everything that is not a number counted as impossible."""
+        total = self.log_prior + beta * self.log_likelihood if beta > 0 else self.log_prior
+        return torch.where(total.isnan(), -torch.inf, total)
+
+
+class Guide(NamedTuple):
+    """The guide's value and gradient at a batch of draws."""
+
+    value: Value
+    gradient: Tensor
+    """Of the tempered log-density, ``(n, dim)``."""
+
+
+class Target:
+    """A density with its guide, evaluated in chunks.
+
+    Args:
+        density: the batched model.
+        batch_size: most rows evaluated at once; all of them if ``None``. Bounds the memory of the gradient.
+        level: the guide's fidelity; chosen by measurement later if ``None``.
+    """
+
+    def __init__(self, density: BatchedDensity, batch_size: int | None = None, level: Level | None = None) -> None:
+        self.density = density
+        self.batch_size = batch_size
+        self.level: Level = "coarse" if level is None else level
+        self.adaptive_level = level is None
+        self.one_level = False
+        """Whether guide and fine density were found to be the same function (no flow inside)."""
+
+    def fine(self, q: Tensor) -> Value:
+        """The fine density at ``q`` of shape ``(n, dim)``, without a graph."""
+        with torch.no_grad(), fidelity("fine"):
+            parts = [self.density(chunk) for chunk in self._chunks(q)]
+        return Value(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+
+    def guide(self, q: Tensor, beta: float = 1.0) -> Guide:
+        """The guide's value and tempered gradient at ``q`` of shape ``(n, dim)``."""
+        with _at(self.level):
+            parts = [log_density_and_grad(self.density, chunk, beta) for chunk in self._chunks(q)]
+        log_prior, log_likelihood, gradient = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Guide(Value(log_prior, log_likelihood), gradient)
+
+    def guide_value(self, q: Tensor) -> Value:
+        """The guide's value alone, without a graph."""
+        with torch.no_grad(), _at(self.level):
+            parts = [self.density(chunk) for chunk in self._chunks(q)]
+        return Value(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+
+    def choose_level(self, q: Tensor, fine: Value, beta: float = 1.0) -> bool:
+        """Take the cheapest guide of the ladder that agrees with the fine density around the draws ``q``.
+
+        A proposal that follows the guide perfectly from draw i to draw j is accepted with probability
+        ``min(1, exp(gap_i - gap_j))``, ``gap`` being the fine minus the guide's potential. A guide passes when this is
+        at least 0.5 on average over pairs of draws, and 0.1 from all but a twentieth of them (no sticky draws).
+
+        Returns:
+            Whether the level changed (the gradients in hand are then stale).
+        """
+        if not self.adaptive_level or self.one_level:
+            return False
+        before = self.level
+        for level in LADDER:
+            self.level = level
+            if level == "fine":
+                break
+            guide = self.guide_value(q)
+            if torch.equal(guide.log_likelihood, fine.log_likelihood) and torch.equal(guide.log_prior, fine.log_prior):
+                # A flow's coarse solve never agrees to the last bit on a whole batch: nothing here has two levels.
+                self.one_level = level == "coarse"
+                break
+            gap = guide.tempered(beta) - fine.tempered(beta)
+            accept = (gap[:, None] - gap[None, :]).clamp(max=0).exp().nan_to_num(0.0).mean(1)
+            if accept.mean() >= 0.5 and accept.quantile(0.05) >= 0.1:
+                break
+        return self.level != before
+
+    def _chunks(self, q: Tensor) -> tuple[Tensor, ...]:
+        return (q,) if self.batch_size is None or len(q) <= self.batch_size else q.split(self.batch_size)
+
+
+def _at(level: Level):  # type: ignore[no-untyped-def]  # noqa: ANN202
+    return fidelity(steps=level) if isinstance(level, int) else fidelity(level)

@@ -1,0 +1,71 @@
+"""Weights, temperatures and resampling of a sequential Monte Carlo sampler, island by island."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def effective_fraction(log_weight: Tensor) -> Tensor:
+    """Effective sample size over the number of particles, ``(sum w)^2 / (N sum w^2)``, along the last axis.
+
+    Zero where every weight is zero.
+    """
+    top = log_weight.amax(-1, keepdim=True)
+    weight = (log_weight - torch.where(top.isfinite(), top, torch.zeros_like(top))).exp()
+    total, squares = weight.sum(-1), weight.square().sum(-1)
+    return torch.where(squares > 0, total.square() / (squares * log_weight.shape[-1]).clamp_min(1e-38), 0.0)
+
+
+def next_temperature(log_likelihood: Tensor, beta: float, threshold: float) -> float:
+    """The largest inverse temperature at which the particles still carry weight.
+
+    Bisection for ``ESS((beta' - beta) log L) / N = threshold``, averaged over islands (Jasra et al. 2011, section 3.3;
+    the particles enter with equal weights, so the conditional and the plain effective sample size agree).
+
+    Args:
+        log_likelihood: ``(islands, particles)``; minus infinity marks particles the likelihood excludes.
+        beta: current inverse temperature.
+        threshold: effective fraction to keep, in (0, 1), *of the particles that the likelihood allows*: those
+            excluded are lost at any temperature above zero.
+    """
+    allowed = float((log_likelihood > -torch.inf).double().mean())
+
+    def keeps(candidate: float) -> bool:
+        fraction = effective_fraction(((candidate - beta) * log_likelihood.double())).mean()
+        return float(fraction) >= threshold * allowed
+
+    if keeps(1.0):
+        return 1.0
+    # Find the scale first: early steps can be as small as 1e-10 under a narrow likelihood.
+    low = high = 1.0 - beta
+    while not keeps(beta + low):
+        low, high = low / 4, low
+        if beta + low == beta:  # no representable step keeps enough weight: take the least there is
+            return min(1.0, beta + high)
+    for _ in range(25):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if keeps(beta + middle) else (low, middle)
+    return min(1.0, beta + low)
+
+
+def systematic_resample(log_weight: Tensor, generator: torch.Generator, num: int | None = None) -> Tensor:
+    """Systematic resampling of every island on its own (Kitagawa 1996).
+
+    Args:
+        log_weight: ``(islands, particles)``, unnormalised.
+        generator: one uniform number per island is drawn from it.
+        num: how many to draw per island; as many as there are by default.
+
+    Returns:
+        indices within each island, ``(islands, num)``: particle ``i`` appears ``floor`` or ``ceil`` of
+        ``num W_i`` times.
+    """
+    islands, particles = log_weight.shape
+    num = particles if num is None else num
+    weight = torch.softmax(log_weight.double(), -1)
+    offset = torch.rand(islands, 1, generator=generator, device=log_weight.device, dtype=torch.float64)
+    grid = (torch.arange(num, device=log_weight.device, dtype=torch.float64) + offset) / num
+    edges = weight.cumsum(-1)
+    edges = edges / edges[:, -1:]
+    return torch.searchsorted(edges, grid, right=True).clamp_max(particles - 1)
