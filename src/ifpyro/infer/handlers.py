@@ -1,0 +1,342 @@
+"""Pyro handlers that read unconstrained vectors into a model and add up its log-density, row by row.
+
+One model execution serves either a single draw (``rows=None``) or ``n`` draws stacked along one batch dimension to the
+left of everything the model itself uses,
+
+    value of a latent site:   (n, 1, ..., 1, *batch_shape, *event_shape)
+    log-probability:          (n, 1, ..., 1, *batch_shape)   ->   summed over everything but the first: (n,)
+
+which is what an outermost plate of size ``n`` would do. Whether a model may be run that way is decided by
+`ifpyro.infer.verify`; the handlers here only do the arithmetic.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Delta, MaskedDistribution
+from pyro.poutine.messenger import Messenger
+from torch import Size, Tensor
+from torch.distributions import Transform, biject_to, constraints
+
+ROWS_PLATE = "the batch of draws"
+
+
+class BatchingError(RuntimeError):
+    """The model cannot be run for many draws at once in the way that was tried."""
+
+    def __init__(self, message: str, site: str | None = None):
+        super().__init__(message)
+        self.site = site
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """Where a latent site lives in ``q`` and how its part of ``q`` becomes its value.
+
+    ``transform`` maps unconstrained to constrained values; None means that the support is not known in advance (its
+    bounds are tensors, which may depend on other latents) and is looked up in every run.
+    """
+
+    name: str
+    batch_shape: Size
+    event_shape: Size
+    unconstrained_event_shape: Size
+    start: int
+    dtype: torch.dtype
+    transform: Transform | None
+    is_real: bool
+
+    @property
+    def stop(self) -> int:
+        """One past the site's last entry in ``q``."""
+        return self.start + prod(self.batch_shape + self.unconstrained_event_shape)
+
+
+@dataclass
+class Layout:
+    """What one look at the model found: its latent sites in order, and what to mind when running it."""
+
+    latents: dict[str, LatentSite] = field(default_factory=dict)
+    shapes: dict[str, Size] = field(default_factory=dict)  # every reported site, for a single draw
+    depth: int = 0  # dimensions of log-probabilities and plates: the batch dimension lies left of these
+    dim: int = 0
+    guarded: set[str] = field(default_factory=set)  # observed sites whose support may depend on latents
+    unmasked: set[str] = field(
+        default_factory=set
+    )  # latent sites whose masked-out entries matter to nothing else
+    params: dict[str, Tensor] = field(default_factory=dict)  # pyro.param values, held fixed
+
+
+def is_deterministic(msg: Any) -> bool:
+    """Whether a sample message carries a computed value and no density (``pyro.deterministic``, reparameterised)."""
+    fn = msg["fn"]
+    return (
+        msg["is_observed"]
+        and isinstance(fn, MaskedDistribution)
+        and fn._mask is False
+        and isinstance(fn.base_dist, Delta)
+    )
+
+
+def split_mask(fn: Any) -> tuple[Any, Any]:
+    """A distribution without its ``.mask(...)``, and that mask (None without one)."""
+    mask: Any = None
+    while isinstance(fn, MaskedDistribution):
+        mask = fn._mask if mask is None else mask & fn._mask
+        fn = fn.base_dist
+    return fn, mask
+
+
+def scale_and_mask(log_prob: Tensor, scale: Any, mask: Any) -> Tensor:
+    """``where(mask, scale * log_prob, 0)``, skipping what does nothing."""
+    if mask is False:
+        return torch.zeros_like(log_prob)
+    if isinstance(scale, Tensor) or scale != 1:
+        log_prob = log_prob * scale
+    if mask is None or mask is True:
+        return log_prob
+    return torch.where(mask, log_prob, log_prob.new_zeros(()))
+
+
+def support_tensors(constraint: Any) -> list[Tensor]:
+    """The tensors (bounds) inside a constraint, through any nesting."""
+    found: list[Tensor] = []
+    for value in vars(constraint).values():
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, constraints.Constraint):
+            found += support_tensors(value)
+        elif isinstance(value, (list, tuple)):
+            found += [t for v in value if isinstance(v, constraints.Constraint) for t in support_tensors(v)]
+    return found
+
+
+class Evaluate(Messenger):
+    """Give every latent site its value and record log-prior, log-likelihood and values by site.
+
+    ``rows=None`` runs one draw (entries of the results are scalars); otherwise ``rows=n`` draws in one run (entries are
+    ``(n,)``, or broadcast to it). Subclasses say where the latent values come from.
+    """
+
+    def __init__(self, layout: Layout, rows: int | None = None, *, score: bool = True):
+        super().__init__()
+        self.layout = layout
+        self.rows = rows
+        self.score = score
+        self.log_prior: dict[str, Tensor] = {}
+        self.log_likelihood: dict[str, Tensor] = {}
+        self.values: dict[str, Tensor] = {}
+
+    def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        """The site's value and its unconstrained counterpart (None where no Jacobian is needed)."""
+        raise NotImplementedError
+
+    # -- Pyro's side ---------------------------------------------------------------------------------------------------
+
+    def _pyro_param(self, msg: Any) -> None:
+        # A parameter is a constant here: read from the store, or from its initial value without entering the store.
+        name = msg["name"]
+        if name not in self.layout.params:
+            self.layout.params[name] = _param_value(msg)
+        msg["value"] = self.layout.params[name]
+        msg["done"] = True
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if type(msg["fn"]).__name__ == "_Subsample":
+            self._subsample(msg)
+        elif is_deterministic(msg):
+            self.values[msg["name"]] = msg["value"]
+        elif msg["is_observed"]:
+            if self.score:
+                self._observed(msg)
+        else:
+            self._latent(msg)
+
+    def _subsample(self, msg: Any) -> None:
+        pass
+
+    def _latent(self, msg: Any) -> None:
+        name = msg["name"]
+        site = self.layout.latents.get(name)
+        if site is None or name in self.values:
+            raise BatchingError(f"latent site {name!r} appears for some latent values only, or twice", name)
+        fn, own_mask = split_mask(msg["fn"])
+        value, unconstrained = self.latent_value(msg, site, fn)
+        msg["value"] = value
+        self.values[name] = value
+        if not self.score:
+            return
+        log_prob = fn.log_prob(value)
+        prior = self.sum_rows(log_prob, name)
+        if unconstrained is not None:
+            jacobian = self._transform(site, fn).log_abs_det_jacobian(unconstrained, value)
+            extra = jacobian.dim() - (value.dim() - len(site.event_shape))
+            if extra > 0:
+                jacobian = jacobian.flatten(-extra).sum(-1)
+            prior = prior + self.sum_rows(jacobian, name)
+        self.log_prior[name] = prior
+        # The prior term stays the proper density that prior draws follow; what scales and masks change goes with the
+        # likelihood, so that the sum is Pyro's density and tempering starts from something that can be sampled.
+        mask = _both(msg["mask"], own_mask)
+        if name in self.layout.unmasked:
+            mask = None
+        if mask is not None or isinstance(msg["scale"], Tensor) or msg["scale"] != 1:
+            change = scale_and_mask(log_prob, msg["scale"], mask) - log_prob
+            self.log_likelihood[name] = self.sum_rows(change, name)
+
+    def _observed(self, msg: Any) -> None:
+        name, fn, value = msg["name"], msg["fn"], msg["value"]
+        log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
+        if name in self.layout.guarded:
+            # With bounds that move with the latents, many distributions return finite nonsense outside their support.
+            inside = fn.support.check(value)
+            log_prob = torch.where(inside, log_prob, log_prob.new_full((), -torch.inf))
+        log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
+        self.log_likelihood[name] = self.sum_rows(log_prob, name)
+
+    # -- arithmetic ----------------------------------------------------------------------------------------------------
+
+    def sum_rows(self, terms: Tensor, name: str) -> Tensor:
+        """Sum over everything but the batch of draws."""
+        if self.rows is None or terms.dim() <= self.layout.depth:
+            return terms.sum()
+        if terms.dim() > self.layout.depth + 1 or terms.shape[0] not in (1, self.rows):
+            raise BatchingError(
+                f"the log-probability of site {name!r} has shape {tuple(terms.shape)} for {self.rows} draws; expected "
+                f"{self.rows} rows and at most {self.layout.depth} dimensions to the right of them",
+                name,
+            )
+        return terms.flatten(1).sum(-1) if terms.dim() > 1 else terms
+
+    def batch_shape(self, site: LatentSite) -> Size:
+        """Shape of a latent site's batch in this run: the draws, padding, and its own batch."""
+        if self.rows is None:
+            return site.batch_shape
+        return Size((self.rows,) + (1,) * (self.layout.depth - len(site.batch_shape))) + site.batch_shape
+
+    def _transform(self, site: LatentSite, fn: Any) -> Transform:
+        return site.transform if site.transform is not None else biject_to(fn.support)
+
+    def totals(self) -> tuple[Tensor, Tensor]:
+        """``(log_prior, log_likelihood)`` over all sites, each of shape ``(rows,)`` or a scalar for one draw."""
+        if len(self.log_prior) != len(self.layout.latents):
+            missing = sorted(set(self.layout.latents) - set(self.log_prior))
+            raise BatchingError(f"latent sites {missing} appear for some latent values only", missing[0])
+        first = next(iter(self.log_prior.values()))
+        shape = first.shape if self.rows is None else Size((self.rows,))
+        return _add(self.log_prior, first, shape), _add(self.log_likelihood, first, shape)
+
+    def run(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Evaluate":
+        """Execute the model under this handler."""
+        with self:
+            model(*args, **kwargs)
+        return self
+
+
+class FromVector(Evaluate):
+    """Latent values from ``q``, of shape ``(dim,)`` for one draw and ``(n, dim)`` for ``rows=n``."""
+
+    def __init__(self, layout: Layout, q: Tensor, rows: int | None = None, *, score: bool = True):
+        super().__init__(layout, rows, score=score)
+        self.q = q
+
+    def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        u = self.q[..., site.start : site.stop]
+        u = u.reshape(self.batch_shape(site) + site.unconstrained_event_shape).to(site.dtype)
+        return (u, None) if site.is_real else (self._transform(site, fn)(u), u)
+
+
+class FromPrior(Evaluate):
+    """Latent values drawn from their priors, in the model's order, from the current random state."""
+
+    def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            value = self.draw(msg, site, fn)
+            u = value if site.is_real else self._transform(site, fn).inv(value)
+        self.unconstrained[site.name] = u
+        return (value, None) if site.is_real else (value, u)
+
+    def __init__(self, layout: Layout, rows: int | None = None, *, score: bool = False):
+        super().__init__(layout, rows, score=score)
+        self.unconstrained: dict[str, Tensor] = {}
+
+    def draw(self, msg: Any, site: LatentSite, fn: Any) -> Tensor:
+        """One value per draw for a site."""
+        shape = self.batch_shape(site)
+        return (fn if fn.batch_shape == shape else fn.expand(shape)).sample()
+
+    def vector(self) -> Tensor:
+        """The unconstrained draws, ``(dim,)`` or ``(rows, dim)``."""
+        lead = () if self.rows is None else (self.rows,)
+        parts = [self.unconstrained[name].reshape(*lead, -1) for name in self.layout.latents]
+        return torch.cat([p.to(_widest(self.layout)) for p in parts], -1)
+
+
+class FromValues(FromPrior):
+    """Latent values given in the user's space, constrained, by site name: for `BatchedModel.unconstrain`."""
+
+    def __init__(self, layout: Layout, values: dict[str, Tensor], rows: int | None = None):
+        super().__init__(layout, rows)
+        self.given = values
+
+    def draw(self, msg: Any, site: LatentSite, fn: Any) -> Tensor:
+        if msg["value"] is not None:  # inverted from the value of a reparameterised site
+            return msg["value"].to(site.dtype)
+        shape = self.batch_shape(site) + site.event_shape
+        return self.given[site.name].reshape(shape).to(site.dtype)
+
+    # Reparameterisers ask for these before they replace a site, which lets `x` be given instead of `x_base`.
+    def _pyro_get_init_messengers(self, msg: Any) -> None:
+        msg["value"] = [*(msg["value"] or []), _Initial(self)]
+
+
+class _Initial:
+    def __init__(self, owner: FromValues):
+        self.owner = owner
+
+    def _process_message(self, msg: Any) -> None:
+        name, owner = msg["name"], self.owner
+        if msg["value"] is None and name in owner.given and name not in owner.layout.latents:
+            lead = () if owner.rows is None else (owner.rows,)
+            shape = owner.layout.shapes[name]
+            value_dim = msg["fn"].event_dim + owner.layout.depth
+            pad = (1,) * (value_dim - len(shape)) if owner.rows is not None else ()
+            msg["value"] = owner.given[name].reshape(*lead, *pad, *shape)
+
+
+def _param_value(msg: Any) -> Tensor:
+    store, name = pyro.get_param_store(), msg["name"]
+    if name in store:
+        value = store[name]
+        # pyro.module compares identities, so its parameters must come back as they are.
+        return value if "$$$" in name else value.detach()
+    args = msg["args"]
+    if len(args) < 2:
+        raise KeyError(
+            f"the model reads pyro.param({name!r}) without an initial value and the store has none"
+        )
+    init = args[1]
+    if "$$$" in name:
+        return init
+    value = init() if callable(init) and not isinstance(init, Tensor) else init
+    return torch.as_tensor(value).detach().clone()
+
+
+def _both(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def _add(terms: dict[str, Tensor], like: Tensor, shape: Size) -> Tensor:
+    total = sum(terms.values()) if terms else like.new_zeros(())
+    return total if total.shape == shape else total.expand(shape)  # type: ignore[union-attr,return-value]
+
+
+def _widest(layout: Layout) -> torch.dtype:
+    dtypes = {site.dtype for site in layout.latents.values()}
+    return torch.float64 if torch.float64 in dtypes else max(dtypes, key=lambda d: torch.finfo(d).bits)
