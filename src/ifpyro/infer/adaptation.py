@@ -1,17 +1,18 @@
 r"""Step size and trajectory length, learned from all chains at once during warm-up.
 
-Step size: dual averaging (Nesterov 2009; Hoffman & Gelman 2014, section 3.2) on the *harmonic* mean of the acceptance
-probabilities over chains (Hoffman, Radul & Sountsov 2021), which notices the slowest chains. Left alone it is ruled by
-the single worst chain: one acceptance of 1e-6 among 64 collapses the step. Each probability is therefore held above
-`FLOOR`; what is not a number counts as a rejection.
+Step size: dual averaging (Nesterov 2009; Hoffman & Gelman 2014, section 3.2) on the *harmonic* mean of the
+acceptance probabilities over chains (Hoffman, Radul & Sountsov 2021), which notices the slowest chains. Left
+alone it is ruled by the single worst chain: one acceptance of 1e-6 among 64 collapses the step. Each
+probability is therefore held above `FLOOR`; what is not a number counts as a rejection.
 
-Trajectory length: gradient ascent on a criterion of the expected change of a statistic ``f`` of the whitened position
-over a trajectory of length ``t = u T``, per unit of cost,
+Trajectory length: gradient ascent on a criterion of the expected change of a statistic ``f`` of the whitened
+position over a trajectory of length ``t = u T``, per unit of cost,
 
     log E[(f(w') - f(w))^2] - log(cost),       cost = t / step + FINE_COST,
 
-with ``f(w) = |w - mean|^2`` (ChEES: Hoffman, Radul & Sountsov 2021, eq. 7) or ``f(w) = (v . (w - mean))^2`` along the
-leading principal axis ``v`` (SNAPER: Sountsov & Hoffman 2022, eq. 7). Its derivative in ``log T`` is a pure number,
+with ``f(w) = |w - mean|^2`` (ChEES: Hoffman, Radul & Sountsov 2021, eq. 7) or ``f(w) = (v . (w - mean))^2``
+along the leading principal axis ``v`` (SNAPER: Sountsov & Hoffman 2022, eq. 7). Its derivative in ``log T``
+is a pure number,
 
     2 T E[u (f(w') - f(w)) df(w')/dt] / E[(f(w') - f(w))^2] - (T / step) / (T / step + FINE_COST),
 
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from ifpyro.infer.arguments import check_choice
 
-FLOOR = 0.05
+FLOOR = 0.1
 """Least acceptance probability that enters the harmonic mean."""
 
 FINE_COST = 2.0
@@ -94,7 +95,7 @@ class TrajectoryLength:
         criterion: ``"chees"`` or ``"snaper"``.
     """
 
-    def __init__(self, length: float = 1.5, criterion: str = "chees") -> None:
+    def __init__(self, length: float = 1.5, criterion: str = "snaper") -> None:
         check_choice("criterion", criterion, ("chees", "snaper"))
         self.length = length
         self.criterion = criterion
@@ -111,7 +112,13 @@ class TrajectoryLength:
         return max(1, min(most, math.ceil(jitter * self.length / step_size)))
 
     def update(
-        self, before: Tensor, after: Tensor, velocity: Tensor, acceptance: Tensor, jitter: float, step_size: float
+        self,
+        before: Tensor,
+        after: Tensor,
+        velocity: Tensor,
+        acceptance: Tensor,
+        jitter: float,
+        step_size: float,
     ) -> None:
         """Take in one transition of all chains.
 

@@ -1,11 +1,14 @@
-r"""One Hamiltonian Monte Carlo transition for a batch of chains: the guide proposes, the fine density accepts.
+r"""One Hamiltonian Monte Carlo transition for a batch of chains: the guide proposes, the fine density
+accepts.
 
-From ``(q, p)`` with ``p ~ N(0, I)`` the leapfrog map under the guide's gradient leads to ``(q', p')``, accepted with
+From ``(q, p)`` with ``p ~ N(0, I)`` the leapfrog map under the guide's gradient leads to ``(q', p')``,
+accepted with
 
     alpha = min(1, exp(log pi(q') - |p'|^2/2 - log pi(q) + |p|^2/2)),
 
-``pi`` being the fine (tempered) density at *both* ends. The leapfrog map is volume preserving and reversible for any
-field, so the fine density is invariant exactly (Neal 2011, section 5.5.1; Christen & Fox 2005 for the two-level idea).
+``pi`` being the fine (tempered) density at *both* ends. The leapfrog map is volume preserving and reversible
+for any field, so the fine density is invariant exactly (Neal 2011, section 5.5.1; Christen & Fox 2005 for the
+two-level idea).
 """
 
 from typing import NamedTuple
@@ -38,8 +41,8 @@ class Info(NamedTuple):
     acceptance: Tensor
     """Probability of accepting the proposal; 0 where the trajectory failed."""
     guide_acceptance: Tensor
-    """The same if the guide decided: leapfrog error alone. Step sizes adapt to this one, since no step size can mend
-    a gap between guide and fine density (and trying to collapses the step)."""
+    """The same if the guide decided: leapfrog error alone. Step sizes adapt to this one, since no step size
+    can mend a gap between guide and fine density (and trying to collapses the step)."""
     accepted: Tensor
     """Whether it was accepted."""
     diverging: Tensor
@@ -98,10 +101,13 @@ def transition(
     energy_new = 0.5 * end.momentum.square().sum(-1) - log_new
     error = energy_new - energy_old
     failed = end.failed | ~(error < torch.inf)  # also true where the error is not a number
-    # An error of minus infinity would leave an impossible state: always accept. Plus infinity (density) is a bug.
+    # An error of minus infinity would leave an impossible state: always accept. Plus infinity (density) is a
+    # bug.
     failed = failed | (log_new == torch.inf)
     acceptance = torch.where(failed, torch.zeros_like(error), (-error).clamp(max=0.0).exp())
-    guide_error = error + (log_new - end.guide.value.tempered(beta)) - (log_old - state.guide.value.tempered(beta))
+    guide_error = (
+        error + (log_new - end.guide.value.tempered(beta)) - (log_old - state.guide.value.tempered(beta))
+    )
     guide_acceptance = torch.where(end.failed, torch.zeros_like(error), (-guide_error).clamp(max=0.0).exp())
     uniform = torch.rand(len(q), generator=generator, device=q.device, dtype=q.dtype)
     accepted = uniform < acceptance

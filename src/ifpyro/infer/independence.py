@@ -4,20 +4,21 @@ The proposal is a frozen mixture, fitted to reference draws (the SMC particles, 
 
     g(q) = w p(q) + (1 - w)/M sum_m N(q; r_m, h^2 C_m),
 
-the model's own prior ``p`` (sampled exactly; it guards the tails) beside one Gaussian per reference draw whose shape
-``C_m`` comes from its nearest neighbours. A jump is accepted with ``min(1, pi(q') g(q) / (pi(q) g(q')))``, so the
-posterior stays invariant whatever the mixture looks like (Tierney 1994, section 2.3.3). In a few dimensions such jumps
-are nearly independent draws and carry chains between separated modes; in many they are hardly ever accepted, and the
-kernel then drops them.
+the model's own prior ``p`` (sampled exactly; it guards the tails) beside one Gaussian per reference draw
+whose shape ``C_m`` comes from its nearest neighbours. A jump is accepted with ``min(1, pi(q') g(q) / (pi(q)
+g(q')))``, so the posterior stays invariant whatever the mixture looks like (Tierney 1994, section 2.3.3). In
+a few dimensions such jumps are nearly independent draws and carry chains between separated modes; in many
+they are hardly ever accepted, and the kernel then drops them.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ifpyro.infer.hamiltonian import State
-from ifpyro.infer.target import Guide, Target, Value
+from ifpyro.infer.target import Guide, Target, Value, pad_rows
 
 PRIOR_WEIGHT = 0.1
 BANDWIDTHS = (0.15, 0.25, 0.4, 0.6, 0.9, 1.2)
@@ -52,10 +53,12 @@ class IndependenceProposal:
         self.reference = reference
         self._factor = torch.linalg.cholesky(covariance)
         inverse = torch.linalg.solve_triangular(
-            self._factor, torch.eye(dim, dtype=reference.dtype, device=reference.device).expand_as(covariance),
+            self._factor,
+            torch.eye(dim, dtype=reference.dtype, device=reference.device).expand_as(covariance),
             upper=False,
         )
-        # |L_m^{-1} (q - r_m)|^2 for all pairs is one matrix product: stack the inverses, subtract their centres.
+        # |L_m^{-1} (q - r_m)|^2 for all pairs is one matrix product: stack the inverses, subtract their
+        # centres.
         self._inverse = inverse.reshape(num * dim, dim)
         self._centre = (inverse @ reference[:, :, None]).reshape(num * dim)
         self._log_det = self._factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
@@ -89,11 +92,11 @@ class IndependenceProposal:
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
         """``num`` draws from the mixture, ``(num, dim)``."""
         reference = self.reference
-        options = {"generator": generator, "device": reference.device}
-        index = torch.randint(len(reference), (num,), **options)  # type: ignore[call-overload]
-        noise = torch.randn(num, reference.shape[1], dtype=reference.dtype, **options)  # type: ignore[call-overload]
+        options: dict[str, Any] = {"generator": generator, "device": reference.device}
+        index = torch.randint(len(reference), (num,), **options)
+        noise = torch.randn(num, reference.shape[1], dtype=reference.dtype, **options)
         local = reference[index] + self.bandwidth * (self._factor[index] @ noise[:, :, None])[:, :, 0]
-        from_prior = torch.rand(num, **options) < PRIOR_WEIGHT  # type: ignore[call-overload]
+        from_prior = torch.rand(num, **options) < PRIOR_WEIGHT
         return torch.where(from_prior[:, None], self._target.density.sample_prior(num, generator), local)
 
 
@@ -123,12 +126,13 @@ def jump(
         return torch.where(accepted if new.ndim == 1 else accepted[:, None], new, old)
 
     # Only the chains that jumped need the guide at their new place.
-    guide = target.guide(q[accepted])
+    count = int(accepted.sum())
+    guide = target.guide(pad_rows(q[accepted], len(q)))
     value = Value(state.guide.value.log_prior.clone(), state.guide.value.log_likelihood.clone())
     gradient = state.guide.gradient.clone()
-    value.log_prior[accepted] = guide.value.log_prior
-    value.log_likelihood[accepted] = guide.value.log_likelihood
-    gradient[accepted] = guide.gradient
+    value.log_prior[accepted] = guide.value.log_prior[:count]
+    value.log_likelihood[accepted] = guide.value.log_likelihood[:count]
+    gradient[accepted] = guide.gradient[:count]
     fine = Value(
         choose(fine.log_prior, state.fine.log_prior), choose(fine.log_likelihood, state.fine.log_likelihood)
     )

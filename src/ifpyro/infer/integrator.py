@@ -1,11 +1,13 @@
 r"""The leapfrog integrator of Hamilton's equations for a batch of chains.
 
-One step of size ``eps`` in whitened coordinates (Neal 2011, section 5.2.3.3; see `ifpyro.infer.metric` for ``S``):
+One step of size ``eps`` in whitened coordinates (Neal 2011, section 5.2.3.3; see `ifpyro.infer.metric` for
+``S``):
 
     p <- p + eps/2 S^T g(q),        q <- q + eps S p,        p <- p + eps/2 S^T g(q).
 
-Each line is a shear, so the map preserves volume and reverses exactly under ``p -> -p`` *whatever* the field ``g`` is.
-That is why a coarse gradient leaves the fine posterior invariant once the fine density decides on acceptance.
+Each line is a shear, so the map preserves volume and reverses exactly under ``p -> -p`` *whatever* the field
+``g`` is. That is why a coarse gradient leaves the fine posterior invariant once the fine density decides on
+acceptance.
 """
 
 from collections.abc import Callable
@@ -55,8 +57,9 @@ def leapfrog(
     failed = ~guide.gradient.isfinite().all(-1)
     for _ in range(num_steps):
         momentum = momentum + 0.5 * step_size * metric.pull(guide.gradient)
-        # A chain that failed waits at its start: models may refuse to be evaluated at a point that is not finite.
-        # Meeting a non-finite point is symmetric under reversal, so rejecting for it keeps detailed balance.
+        # A chain that failed waits at its start: models may refuse to be evaluated at a point that is not
+        # finite. Meeting a non-finite point is symmetric under reversal, so rejecting for it keeps detailed
+        # balance.
         position = position + step_size * metric.push(momentum)
         failed = failed | ~position.isfinite().all(-1)
         position = torch.where(failed[:, None], start, position)

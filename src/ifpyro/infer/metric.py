@@ -4,7 +4,8 @@ With momentum ``p ~ N(0, I)`` in the whitened coordinates ``w``, Hamilton's equa
 
     dq/dt = S p,        dp/dt = S^T grad log pi(q),
 
-which is the usual mass matrix ``M = (S S^T)^{-1}``. ``S`` is a vector (per-axis scale) or a lower-triangular matrix.
+which is the usual mass matrix ``M = (S S^T)^{-1}``. ``S`` is a vector (per-axis scale) or a lower-triangular
+matrix.
 """
 
 from typing import NamedTuple
@@ -40,15 +41,16 @@ def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | 
     Args:
         q: draws, ``(n, dim)``.
         weight: non-negative weights, ``(n,)``; equal if left out.
-        dense: a full covariance or only its diagonal; by default full when the draws can carry it, that is when
-            their effective number is at least ``2 dim``.
+        dense: a full covariance or only its diagonal; by default full when the draws can carry it, that is
+            when their effective number is at least ``2 dim``.
     """
     num, dim = q.shape
     weight = torch.full_like(q[:, 0], 1.0 / num) if weight is None else weight / weight.sum()
     effective = float(1.0 / weight.square().sum())
     centred = q - weight @ q
     variance = weight @ centred.square()
-    # An axis on which all draws agree (resampled copies) would freeze; hold a floor relative to the other axes.
+    # An axis on which all draws agree (resampled copies) would freeze; hold a floor relative to the other
+    # axes.
     floor = 1e-6 * variance.max().clamp_min(1e-12)
     variance = variance.clamp_min(floor)
     if dense is None:

@@ -1,7 +1,7 @@
 """From what the user hands to a kernel, a Pyro model or a density, to the batched density the engines see."""
 
 import warnings
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ def check_model(model: object, kernel: str) -> None:
     """Raises ``TypeError`` unless ``model`` can be called."""
     if not callable(model):
         raise TypeError(
-            f"{kernel} expects a Pyro model (a callable with pyro.sample statements), got {type(model).__name__}"
+            f"{kernel} expects a Pyro model (a callable with pyro.sample statements), "
+            f"got {type(model).__name__}"
         )
 
 
@@ -26,7 +27,7 @@ def resolve_density(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     *,
-    batching: str | None,
+    batching: Literal["plate", "vmap", "loop"] | None,
     batch_size: int | None,
     seed: int,
 ) -> BatchedDensity:
@@ -38,7 +39,9 @@ def resolve_density(
     """
     if all(hasattr(model, name) for name in ("dim", "sample_prior", "sites", "gaussian_prior")):
         if args or kwargs:
-            raise TypeError("run() expects no arguments when the kernel holds a density instead of a Pyro model")
+            raise TypeError(
+                "run() expects no arguments when the kernel holds a density instead of a Pyro model"
+            )
         density = model
     else:
         from ifpyro.infer.batch import BatchedModel
@@ -55,26 +58,28 @@ def new_generator(density: BatchedDensity, seed: int) -> torch.Generator:
 
 
 def check_start(value: Value, what: str) -> None:
-    """Raises ``ValueError`` if no row of ``value`` is possible under the model; warns if some are not numbers."""
+    """Raises ``ValueError`` if no row of ``value`` is possible under the model; warns if some are not
+    numbers."""
     total = value.tempered(1.0)
     undefined = value.log_prior.isnan() | value.log_likelihood.isnan()
     if bool(undefined.all()):
         raise ValueError(
-            f"the model's log-density is NaN at every one of {len(total)} {what}: check the likelihood for 0/0, "
-            "logarithms of negative numbers, or NaN in the data"
+            f"the model's log-density is NaN at every one of {len(total)} {what}: check the likelihood for "
+            "0/0, logarithms of negative numbers, or NaN in the data"
         )
     if not bool((total > -torch.inf).any()):
         raise ValueError(
-            f"the observation is impossible (log-likelihood -inf) at every one of {len(total)} {what}: check that the "
-            "data lie in the support of the likelihood, or widen the likelihood"
+            f"the observation is impossible (log-likelihood -inf) at every one of {len(total)} {what}: "
+            "check that the data lie in the support of the likelihood, or widen the likelihood"
         )
     if bool((value.log_likelihood == torch.inf).any()):
         raise ValueError(
-            f"the model's log-likelihood is +inf at some of {len(total)} {what}: a scale in the likelihood is 0"
+            f"the model's log-likelihood is +inf at some of {len(total)} {what}: is a scale in it 0?"
         )
     if bool(undefined.any()):
         warnings.warn(
-            f"the model's log-density is NaN at {int(undefined.sum())} of {len(total)} {what}; they count as impossible",
+            f"the model's log-density is NaN at {int(undefined.sum())} of {len(total)} {what}; "
+            "they count as impossible",
             stacklevel=3,
         )
 

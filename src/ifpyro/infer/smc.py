@@ -1,19 +1,19 @@
 r"""Tempered sequential Monte Carlo: from exact prior draws to the posterior, with the evidence on the way.
 
-Particles pass through ``pi_k(q) ~ prior(q) likelihood(q)^beta_k`` for ``0 = beta_0 < ... < beta_K = 1``. Each stage
-reweights by ``likelihood^(beta_{k+1} - beta_k)``, resamples, and moves every particle by Hamiltonian Monte Carlo that
-leaves ``pi_{k+1}`` invariant (Del Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin & Jacob 2021 for HMC moves).
-The evidence is estimated by the product of mean incremental weights,
+Particles pass through ``pi_k(q) ~ prior(q) likelihood(q)^beta_k`` for ``0 = beta_0 < ... < beta_K = 1``. Each
+stage reweights by ``likelihood^(beta_{k+1} - beta_k)``, resamples, and moves every particle by Hamiltonian
+Monte Carlo that leaves ``pi_{k+1}`` invariant (Del Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin &
+Jacob 2021 for HMC moves). The evidence is estimated by the product of mean incremental weights,
 
     log Z = sum_k log( 1/N sum_i likelihood(q_i)^(beta_{k+1} - beta_k) ).
 
-The particles live in *islands* that resample on their own and share only tuning (temperatures, metric, step size):
-the spread of their evidences is an honest standard error, and islands serve as chains for R-hat.
+The particles live in *islands* that resample on their own and share only tuning (temperatures, metric, step
+size): the spread of their evidences is an honest standard error, and islands serve as chains for R-hat.
 """
 
 import math
 import secrets
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from ifpyro.infer import hamiltonian
 from ifpyro.infer.adaptation import TrajectoryLength, harmonic_mean
 from ifpyro.infer.arguments import check_count, check_fraction
 from ifpyro.infer.density import BatchedDensity
+from ifpyro.infer.diagnostics import pareto_k
+from ifpyro.infer.draws import Draws
 from ifpyro.infer.metric import Metric, metric_from_draws
 from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
-from ifpyro.infer.results import Results
 from ifpyro.infer.target import Target, Value
 from ifpyro.infer.tempering import next_temperature, systematic_resample
 
@@ -48,8 +49,8 @@ class Stage(NamedTuple):
     acceptance: float
     """Mean acceptance of the moves."""
     correlation: float
-    """Correlation of the particles with where they stood before the moves: root mean square over axes, or that of the
-    log-likelihood if larger."""
+    """Correlation of the particles with where they stood before the moves: root mean square over axes, or
+    that of the log-likelihood if larger."""
     level: Level
     """Fidelity of the guide."""
 
@@ -63,14 +64,14 @@ class Tuning(NamedTuple):
     level: Level
 
 
-class SMC(Results):
+class SMC(Draws):
     """Tempered SMC over a Pyro model.
 
     Args:
         model: the Pyro model.
         num_particles: particles in all, split evenly among the islands.
-        num_islands: independent samplers in one batch; the standard error of the evidence has ``num_islands - 1``
-            degrees of freedom.
+        num_islands: independent samplers in one batch; the standard error of the evidence has ``num_islands -
+            1`` degrees of freedom.
         ess_threshold: effective fraction of the particles that each temperature step keeps.
         max_moves: most Hamiltonian moves per temperature; fewer are made where particles decorrelate earlier.
         target_accept: harmonic-mean acceptance at which the step size aims.
@@ -81,9 +82,10 @@ class SMC(Results):
         batching: how to batch the model (see `BatchedModel`); chosen by itself if ``None``.
         progress: show a progress bar with temperature and evidence.
 
-    After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard error by the
-    delta method), `island_log_evidence` ``(num_islands,)``, `stages`, and `pareto_k` where prior draws carried enough
-    weight for a single importance sampling step (above 0.7 it is not to be trusted: Vehtari et al. 2024).
+    After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard error
+    by the delta method), `island_log_evidence` ``(num_islands,)``, `stages`, and `pareto_k` where prior draws
+    carried enough weight for a single importance sampling step (above 0.7 it is not to be trusted: Vehtari et
+    al. 2024).
 
     Raises:
         ValueError: for arguments out of range.
@@ -110,7 +112,7 @@ class SMC(Results):
         level: Level | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
-        batching: str | None = None,
+        batching: Literal["plate", "vmap", "loop"] | None = None,
         progress: bool = True,
     ) -> None:
         check_model(model, "SMC")
@@ -119,8 +121,8 @@ class SMC(Results):
         self.num_islands = check_count("num_islands", num_islands, 1)
         if num_particles % num_islands or num_particles < 2 * num_islands:
             raise ValueError(
-                f"num_particles must be a multiple of num_islands with at least 2 each, got {num_particles} particles "
-                f"for {num_islands} islands"
+                "num_particles must be a multiple of num_islands with at least 2 each, "
+                f"got {num_particles} particles for {num_islands} islands"
             )
         self.ess_threshold = check_fraction("ess_threshold", ess_threshold)
         self.max_moves = check_count("max_moves", max_moves, 1)
@@ -175,13 +177,15 @@ class SMC(Results):
                 log_weight = (beta_next - beta) * log_likelihood.double()
                 log_evidence += log_weight.logsumexp(1) - math.log(per_island)
                 if beta == 0.0 and beta_next == 1.0:
-                    self.pareto_k = _pareto_k(log_weight.flatten())
+                    self.pareto_k = pareto_k(log_weight.flatten())
                 weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
                 metric = metric_from_draws(q, weight)
                 index = systematic_resample(log_weight, generator)
                 index = (index + per_island * torch.arange(islands, device=q.device)[:, None]).flatten()
                 beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
-                state, info, step_size = self._move(target, q, fine, beta, metric, length, step_size, generator)
+                state, info, step_size = self._move(
+                    target, q, fine, beta, metric, length, step_size, generator
+                )
                 q, fine = state.q, state.fine
                 stage = self.stages[-1]
                 bar.set_postfix_str(
@@ -190,6 +194,29 @@ class SMC(Results):
                 )
         self._finish(q, state, info, log_evidence, Tuning(step_size, length.length, metric, target.level))
         return self
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Equally weighted draws of every named site in the user's space.
+
+        Args:
+            group_by_chain: ``False``: the pooled estimate, ``(num_particles, *shape)``: islands enter by
+                their evidence (systematic resampling). ``True``: islands as they are, ``(num_islands,
+                particles each, *shape)``; their weights are `sample_stats` ``()["log_weight"]``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        if group_by_chain:
+            return super().get_samples(group_by_chain=True)
+        return self._sites(self.pooled(self.num_particles))
+
+    def pooled(self, num: int) -> Tensor:
+        """``num`` equally weighted unconstrained draws from all islands, ``(num, dim)``; the same ones at
+        every call."""
+        positions = self.positions()
+        generator = torch.Generator(device=positions.device).manual_seed(self.seed)
+        index = systematic_resample(self._stats["log_weight"].reshape(1, -1), generator, num)[0]
+        return positions.reshape(-1, positions.shape[-1])[index]
 
     def _move(
         self,
@@ -213,7 +240,13 @@ class SMC(Results):
             num_steps = length.num_steps(step_size, jitter, self.max_steps)
             before = metric.whiten(state.q)
             state, info = hamiltonian.transition(
-                target, state, step_size=step_size, num_steps=num_steps, metric=metric, generator=generator, beta=beta
+                target,
+                state,
+                step_size=step_size,
+                num_steps=num_steps,
+                metric=metric,
+                generator=generator,
+                beta=beta,
             )
             after = metric.whiten(info.proposal)
             length.update(before, after, info.velocity, info.guide_acceptance, jitter, step_size)
@@ -229,11 +262,18 @@ class SMC(Results):
             if _decorrelated(history, self.num_particles):
                 break
         moves = len(history)
-        self.stages.append(Stage(beta, moves, step_size, steps, acceptance / moves, history[-1], target.level))
+        self.stages.append(
+            Stage(beta, moves, step_size, steps, acceptance / moves, history[-1], target.level)
+        )
         return state, info, step_size
 
     def _finish(
-        self, q: Tensor, state: hamiltonian.State, info: hamiltonian.Info, log_evidence: Tensor, tuning: Tuning
+        self,
+        q: Tensor,
+        state: hamiltonian.State,
+        info: hamiltonian.Info,
+        log_evidence: Tensor,
+        tuning: Tuning,
     ) -> None:
         islands = self.num_islands
         shape = (islands, self.num_particles // islands)
@@ -276,8 +316,8 @@ def _check_islands(log_likelihood: Tensor) -> None:
     dead = ~(log_likelihood > -torch.inf).any(1)
     if bool(dead.any()):
         raise ValueError(
-            f"in {int(dead.sum())} of {len(dead)} islands no particle has a positive likelihood: the data are nearly "
-            "impossible under the prior; use more particles, fewer islands, or a wider likelihood"
+            f"in {int(dead.sum())} of {len(dead)} islands no particle has a positive likelihood: the data "
+            "are nearly impossible under the prior; use more particles, fewer islands, or a wider likelihood"
         )
 
 
@@ -291,17 +331,11 @@ def _correlation(origin: Tensor, now: Tensor) -> float:
 def _decorrelated(history: list[float], num_particles: int) -> bool:
     """Whether to stop moving: little correlation is left, or three moves in a row hardly lowered it.
 
-    Moving less looks harmless and is not: particles that keep their log-likelihood carry their weights' luck from one
-    temperature to the next, and every island then underestimates the evidence alike (by 6 nats on a 64-dimensional
-    target when stopping at 0.3). The second rule is for separated modes: no local move removes the correlation
-    that says which mode a particle is in.
+    Moving less looks harmless and is not: particles that keep their log-likelihood carry their weights' luck
+    from one temperature to the next, and every island then underestimates the evidence alike (by 6 nats on a
+    64-dimensional target when stopping at 0.3). The second rule is for separated modes: no local move removes
+    the correlation that says which mode a particle is in.
     """
     if history[-1] < max(CORRELATION, 1.5 * num_particles**-0.5):
         return True
     return len(history) >= 6 and min(history[-3:]) > 0.93 * min(history[:-3])
-
-
-def _pareto_k(log_weight: Tensor) -> float:
-    from ifpyro import arviz
-
-    return float(arviz.pareto_k(log_weight))

@@ -1,9 +1,11 @@
-"""A batched density seen at two fidelities: a *guide* that gives gradients, and the fine density that decides.
+"""A batched density seen at two fidelities: a *guide* that gives gradients, and the fine density that
+decides.
 
-The guide may be a coarse solve of the flows inside the model. It steers proposals only; acceptance always uses the fine
-density, so a poor guide costs efficiency and never correctness.
+The guide may be a coarse solve of the flows inside the model. It steers proposals only; acceptance always
+uses the fine density, so a poor guide costs efficiency and never correctness.
 """
 
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,9 @@ from ifpyro.infer.density import BatchedDensity, log_density_and_grad
 LADDER: tuple[Level, ...] = ("coarse", 8, 16, "fine")
 """Guides from cheap to exact, tried in this order."""
 
+PATIENCE = 10
+"""Evaluations in a row that may be undefined at every draw before the model counts as broken."""
+
 
 class Value(NamedTuple):
     """The two terms of a log-density at a batch of draws."""
@@ -25,7 +30,8 @@ class Value(NamedTuple):
     """``(n,)``"""
 
     def tempered(self, beta: float) -> Tensor:
-        """``log_prior + beta * log_likelihood``, with everything that is not a number counted as impossible."""
+        """``log_prior + beta * log_likelihood``, with everything that is not a number counted as
+        impossible."""
         total = self.log_prior + beta * self.log_likelihood if beta > 0 else self.log_prior
         return torch.where(total.isnan(), -torch.inf, total)
 
@@ -47,26 +53,31 @@ class Target:
         level: the guide's fidelity; chosen by measurement later if ``None``.
     """
 
-    def __init__(self, density: BatchedDensity, batch_size: int | None = None, level: Level | None = None) -> None:
+    def __init__(
+        self, density: BatchedDensity, batch_size: int | None = None, level: Level | None = None
+    ) -> None:
         self.density = density
         self.batch_size = batch_size
         self.level: Level = "coarse" if level is None else level
         self.adaptive_level = level is None
         self.one_level = False
         """Whether guide and fine density were found to be the same function (no flow inside)."""
+        self._undefined = 0
 
     def fine(self, q: Tensor) -> Value:
         """The fine density at ``q`` of shape ``(n, dim)``, without a graph."""
         with torch.no_grad(), fidelity("fine"):
             parts = [self.density(chunk) for chunk in self._chunks(q)]
-        return Value(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+        return self._watch(
+            Value(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
+        )
 
     def guide(self, q: Tensor, beta: float = 1.0) -> Guide:
         """The guide's value and tempered gradient at ``q`` of shape ``(n, dim)``."""
         with _at(self.level):
             parts = [log_density_and_grad(self.density, chunk, beta) for chunk in self._chunks(q)]
         log_prior, log_likelihood, gradient = (torch.cat(column) for column in zip(*parts, strict=True))
-        return Guide(Value(log_prior, log_likelihood), gradient)
+        return Guide(self._watch(Value(log_prior, log_likelihood)), gradient)
 
     def guide_value(self, q: Tensor) -> Value:
         """The guide's value alone, without a graph."""
@@ -78,8 +89,9 @@ class Target:
         """Take the cheapest guide of the ladder that agrees with the fine density around the draws ``q``.
 
         A proposal that follows the guide perfectly from draw i to draw j is accepted with probability
-        ``min(1, exp(gap_i - gap_j))``, ``gap`` being the fine minus the guide's potential. A guide passes when this is
-        at least 0.5 on average over pairs of draws, and 0.1 from all but a twentieth of them (no sticky draws).
+        ``min(1, exp(gap_i - gap_j))``, ``gap`` being the fine minus the guide's potential. A guide passes
+        when this is at least 0.5 on average over pairs of draws, and 0.1 from all but a twentieth of them (no
+        sticky draws).
 
         Returns:
             Whether the level changed (the gradients in hand are then stale).
@@ -92,8 +104,11 @@ class Target:
             if level == "fine":
                 break
             guide = self.guide_value(q)
-            if torch.equal(guide.log_likelihood, fine.log_likelihood) and torch.equal(guide.log_prior, fine.log_prior):
-                # A flow's coarse solve never agrees to the last bit on a whole batch: nothing here has two levels.
+            if torch.equal(guide.log_likelihood, fine.log_likelihood) and torch.equal(
+                guide.log_prior, fine.log_prior
+            ):
+                # A flow's coarse solve never agrees to the last bit on a whole batch: nothing here has two
+                # levels.
                 self.one_level = level == "coarse"
                 break
             gap = guide.tempered(beta) - fine.tempered(beta)
@@ -102,9 +117,30 @@ class Target:
                 break
         return self.level != before
 
+    def _watch(self, value: Value) -> Value:
+        """One chain may wander to where the model is undefined; a model undefined everywhere, again and
+        again, broke."""
+        undefined = bool((value.log_prior + value.log_likelihood).isnan().all())
+        self._undefined = self._undefined + 1 if undefined else 0
+        if self._undefined >= PATIENCE:
+            raise FloatingPointError(
+                f"the model's log-density was NaN at every draw in {PATIENCE} evaluations in a row"
+            )
+        return value
+
     def _chunks(self, q: Tensor) -> tuple[Tensor, ...]:
         return (q,) if self.batch_size is None or len(q) <= self.batch_size else q.split(self.batch_size)
 
 
-def _at(level: Level):  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _at(level: Level) -> AbstractContextManager[None]:
     return fidelity(steps=level) if isinstance(level, int) else fidelity(level)
+
+
+def pad_rows(q: Tensor, most: int) -> Tensor:
+    """``q`` with its first row repeated up to the next power of two, at most ``most`` rows.
+
+    Subsets of the chains come in any number; a model that checks or compiles each new batch size meets few of
+    them.
+    """
+    rows = min(most, 1 << (len(q) - 1).bit_length())
+    return torch.cat([q, q[:1].expand(rows - len(q), -1)]) if rows > len(q) else q

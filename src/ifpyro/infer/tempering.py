@@ -20,8 +20,9 @@ def effective_fraction(log_weight: Tensor) -> Tensor:
 def next_temperature(log_likelihood: Tensor, beta: float, threshold: float) -> float:
     """The largest inverse temperature at which the particles still carry weight.
 
-    Bisection for ``ESS((beta' - beta) log L) / N = threshold``, averaged over islands (Jasra et al. 2011, section 3.3;
-    the particles enter with equal weights, so the conditional and the plain effective sample size agree).
+    Bisection for ``ESS((beta' - beta) log L) / N = threshold``, averaged over islands (Jasra et al. 2011,
+    section 3.3; the particles enter with equal weights, so the conditional and the plain effective sample
+    size agree).
 
     Args:
         log_likelihood: ``(islands, particles)``; minus infinity marks particles the likelihood excludes.
@@ -32,7 +33,7 @@ def next_temperature(log_likelihood: Tensor, beta: float, threshold: float) -> f
     allowed = float((log_likelihood > -torch.inf).double().mean())
 
     def keeps(candidate: float) -> bool:
-        fraction = effective_fraction(((candidate - beta) * log_likelihood.double())).mean()
+        fraction = effective_fraction((candidate - beta) * log_likelihood.double()).mean()
         return float(fraction) >= threshold * allowed
 
     if keeps(1.0):

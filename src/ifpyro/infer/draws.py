@@ -1,4 +1,5 @@
-"""What a finished run holds: draws of every named site, statistics per draw, and ArviZ's diagnostics of them."""
+"""What a finished run holds: draws of every named site, statistics per draw, and ArviZ's diagnostics of
+them."""
 
 from typing import Any
 
@@ -6,13 +7,14 @@ import torch
 from torch import Tensor
 
 from ifpyro.fidelity import fidelity
+from ifpyro.infer import diagnostics
 from ifpyro.infer.density import BatchedDensity
 
 SITE_ROWS = 4096
 """Draws turned into sites at a time, where no batch size is set."""
 
 
-class Results:
+class Draws:
     """Base of `MCMC` and `SMC`: everything that does not depend on how the draws were made."""
 
     model: Any
@@ -33,7 +35,8 @@ class Results:
         """Draws of every named site in the user's space.
 
         Args:
-            group_by_chain: keep chains apart: ``(chains, draws, *shape)`` instead of ``(chains * draws, *shape)``.
+            group_by_chain: keep chains apart: ``(chains, draws, *shape)`` instead of ``(chains * draws,
+                *shape)``.
 
         Raises:
             RuntimeError: if there are no draws.
@@ -52,12 +55,14 @@ class Results:
             RuntimeError: if there are no draws.
         """
         if self._positions is None or self._positions.shape[1] == 0:
-            raise RuntimeError(f"{type(self).__name__} holds no draws: call run(...) first, and let it finish warm-up")
+            raise RuntimeError(
+                f"{type(self).__name__} holds no draws: call run(...) first, and let it finish warm-up"
+            )
         return self._positions
 
     def sample_stats(self) -> dict[str, Tensor]:
-        """Statistics of every draw, each ``(chains, draws)``: ``lp, energy, acceptance_rate, diverging, step_size,
-        n_steps, fidelity_gap`` and, for `SMC`, ``log_weight``.
+        """Statistics of every draw, each ``(chains, draws)``: ``lp, energy, acceptance_rate, diverging,
+        step_size, n_steps, fidelity_gap`` and, for `SMC`, ``log_weight``.
 
         Raises:
             RuntimeError: if there are no draws.
@@ -66,16 +71,16 @@ class Results:
         return dict(self._stats)
 
     def diagnostics(self) -> dict[str, Any]:
-        """Per site ``{"n_eff": ..., "r_hat": ...}`` (ArviZ), and ``"divergences"``: chain -> indices of divergent draws.
+        """Per site ``{"n_eff": ..., "r_hat": ...}`` (ArviZ), and ``"divergences"``: chain -> indices of
+        divergent draws.
 
         Raises:
             RuntimeError: if there are no draws.
         """
-        from ifpyro import arviz
-
-        report: dict[str, Any] = dict(arviz.convergence(self.get_samples(group_by_chain=True)))
+        report: dict[str, Any] = dict(diagnostics.convergence(self.get_samples(group_by_chain=True)))
         report["divergences"] = {
-            f"chain {chain}": row.nonzero()[:, 0].tolist() for chain, row in enumerate(self.sample_stats()["diverging"])
+            f"chain {chain}": row.nonzero()[:, 0].tolist()
+            for chain, row in enumerate(self.sample_stats()["diverging"])
         }
         return report
 
@@ -88,10 +93,7 @@ class Results:
         Raises:
             RuntimeError: if there are no draws.
         """
-        from ifpyro import arviz
-
-        self.positions()
-        return arviz.summary(self, **options)
+        return diagnostics.summary(self.get_samples(group_by_chain=True), **options)
 
     def _sites(self, q: Tensor) -> dict[str, Tensor]:
         assert self._density is not None

@@ -1,0 +1,69 @@
+"""What the driver asks of a kernel: four verbs, all of them for a whole batch of chains."""
+
+from abc import ABC, abstractmethod
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from ifpyro.fidelity import Level
+from ifpyro.infer.resolve import check_model
+from ifpyro.infer.smc import SMC
+from ifpyro.infer.target import Target
+
+S = TypeVar("S")
+"""What the kernel's chains carry."""
+
+Stats = dict[str, Tensor]
+"""Statistics of one draw of every chain, each ``(chains,)``, by name."""
+
+
+class Kernel(ABC, Generic[S]):
+    """A Markov kernel over a model, for many chains at once.
+
+    Args:
+        model: the Pyro model.
+        level: fidelity of the guide; chosen by measurement if ``None``.
+
+    Raises:
+        TypeError: if ``model`` is not callable.
+    """
+
+    def __init__(self, model: Any, level: Level | None) -> None:
+        check_model(model, type(self).__name__)
+        self.model = model
+        self.level = level
+
+    @abstractmethod
+    def begin(
+        self, target: Target, q: Tensor, generator: torch.Generator, warmup_steps: int, particles: SMC | None
+    ) -> S:
+        """Forget earlier runs and place the chains at ``q``, ``(chains, dim)``.
+
+        Args:
+            target: the model's density.
+            q: where the chains start.
+            generator: source of all randomness.
+            warmup_steps: how many calls of `warm_up` will follow.
+            particles: the SMC run the starts come from, if they do.
+        """
+
+    @abstractmethod
+    def warm_up(self, state: S, step: int) -> tuple[S, Stats]:
+        """One transition that may tune the kernel; ``step`` counts from 0."""
+
+    @abstractmethod
+    def freeze(self, state: S) -> S:
+        """End all tuning: from here on the kernel is one fixed Markov kernel."""
+
+    @abstractmethod
+    def draw(self, state: S) -> tuple[S, Stats]:
+        """One transition of the frozen kernel."""
+
+    @abstractmethod
+    def positions(self, state: S) -> Tensor:
+        """Where the chains stand, ``(chains, dim)``."""
+
+    @abstractmethod
+    def report(self) -> dict[str, Any]:
+        """Scalar facts for the result's ``attributes``."""
