@@ -10,109 +10,22 @@ which is what an outermost plate of size ``n`` would do. Whether a model may be 
 `ifpyro.infer.verify`; the handlers here only do the arithmetic.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from math import prod
 from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Delta, MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor
-from torch.distributions import Transform, biject_to, constraints
+from torch.distributions import Transform, biject_to
 
-ROWS_PLATE = "the batch of draws"
-
-
-class BatchingError(RuntimeError):
-    """The model cannot be run for many draws at once in the way that was tried."""
-
-    def __init__(self, message: str, site: str | None = None):
-        super().__init__(message)
-        self.site = site
-
-
-@dataclass(frozen=True)
-class LatentSite:
-    """Where a latent site lives in ``q`` and how its part of ``q`` becomes its value.
-
-    ``transform`` maps unconstrained to constrained values; None means that the support is not known in advance (its
-    bounds are tensors, which may depend on other latents) and is looked up in every run.
-    """
-
-    name: str
-    batch_shape: Size
-    event_shape: Size
-    unconstrained_event_shape: Size
-    start: int
-    dtype: torch.dtype
-    transform: Transform | None
-    is_real: bool
-
-    @property
-    def stop(self) -> int:
-        """One past the site's last entry in ``q``."""
-        return self.start + prod(self.batch_shape + self.unconstrained_event_shape)
-
-
-@dataclass
-class Layout:
-    """What one look at the model found: its latent sites in order, and what to mind when running it."""
-
-    latents: dict[str, LatentSite] = field(default_factory=dict)
-    shapes: dict[str, Size] = field(default_factory=dict)  # every reported site, for a single draw
-    depth: int = 0  # dimensions of log-probabilities and plates: the batch dimension lies left of these
-    dim: int = 0
-    guarded: set[str] = field(default_factory=set)  # observed sites whose support may depend on latents
-    unmasked: set[str] = field(
-        default_factory=set
-    )  # latent sites whose masked-out entries matter to nothing else
-    params: dict[str, Tensor] = field(default_factory=dict)  # pyro.param values, held fixed
-
-
-def is_deterministic(msg: Any) -> bool:
-    """Whether a sample message carries a computed value and no density (``pyro.deterministic``, reparameterised)."""
-    fn = msg["fn"]
-    return (
-        msg["is_observed"]
-        and isinstance(fn, MaskedDistribution)
-        and fn._mask is False
-        and isinstance(fn.base_dist, Delta)
-    )
-
-
-def split_mask(fn: Any) -> tuple[Any, Any]:
-    """A distribution without its ``.mask(...)``, and that mask (None without one)."""
-    mask: Any = None
-    while isinstance(fn, MaskedDistribution):
-        mask = fn._mask if mask is None else mask & fn._mask
-        fn = fn.base_dist
-    return fn, mask
-
-
-def scale_and_mask(log_prob: Tensor, scale: Any, mask: Any) -> Tensor:
-    """``where(mask, scale * log_prob, 0)``, skipping what does nothing."""
-    if mask is False:
-        return torch.zeros_like(log_prob)
-    if isinstance(scale, Tensor) or scale != 1:
-        log_prob = log_prob * scale
-    if mask is None or mask is True:
-        return log_prob
-    return torch.where(mask, log_prob, log_prob.new_zeros(()))
-
-
-def support_tensors(constraint: Any) -> list[Tensor]:
-    """The tensors (bounds) inside a constraint, through any nesting."""
-    found: list[Tensor] = []
-    for value in vars(constraint).values():
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, constraints.Constraint):
-            found += support_tensors(value)
-        elif isinstance(value, (list, tuple)):
-            found += [t for v in value if isinstance(v, constraints.Constraint) for t in support_tensors(v)]
-    return found
+from ifpyro.infer.layout import (
+    BatchingError,
+    LatentSite,
+    Layout,
+    is_deterministic,
+    scale_and_mask,
+    split_mask,
+)
 
 
 class Evaluate(Messenger):
@@ -230,11 +143,9 @@ class Evaluate(Messenger):
         shape = first.shape if self.rows is None else Size((self.rows,))
         return _add(self.log_prior, first, shape), _add(self.log_likelihood, first, shape)
 
-    def run(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Evaluate":
-        """Execute the model under this handler."""
-        with self:
-            model(*args, **kwargs)
-        return self
+    def log_terms(self) -> dict[str, Tensor]:
+        """Log-prior and log-likelihood terms together, by site."""
+        return {**self.log_prior, **self.log_likelihood}
 
 
 class FromVector(Evaluate):
@@ -273,7 +184,7 @@ class FromPrior(Evaluate):
         """The unconstrained draws, ``(dim,)`` or ``(rows, dim)``."""
         lead = () if self.rows is None else (self.rows,)
         parts = [self.unconstrained[name].reshape(*lead, -1) for name in self.layout.latents]
-        return torch.cat([p.to(_widest(self.layout)) for p in parts], -1)
+        return torch.cat([p.to(self.layout.dtype) for p in parts], -1)
 
 
 class FromValues(FromPrior):
@@ -335,8 +246,3 @@ def _both(a: Any, b: Any) -> Any:
 def _add(terms: dict[str, Tensor], like: Tensor, shape: Size) -> Tensor:
     total = sum(terms.values()) if terms else like.new_zeros(())
     return total if total.shape == shape else total.expand(shape)  # type: ignore[union-attr,return-value]
-
-
-def _widest(layout: Layout) -> torch.dtype:
-    dtypes = {site.dtype for site in layout.latents.values()}
-    return torch.float64 if torch.float64 in dtypes else max(dtypes, key=lambda d: torch.finfo(d).bits)

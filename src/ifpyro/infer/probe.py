@@ -1,15 +1,16 @@
-"""Probe points: prior draws at which a model's single-draw density is known, and what they tell about the model."""
+"""Probe points: prior draws at which the single-draw density is known, and what they tell about the model."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from ifpyro.infer.handlers import BatchingError, Evaluate, FromPrior, FromVector, Layout
-from ifpyro.infer.scan import GaussianPrior, Model, check_reproducible, irrelevant_masked_sites
-from ifpyro.infer.verify import probe_sizes, sizes_in
+from ifpyro.infer.handlers import Evaluate, FromPrior, FromVector
+from ifpyro.infer.layout import BatchingError, Layout
+from ifpyro.infer.runner import Runner, gradient
+from ifpyro.infer.scan import check_reproducible, has_gaussian_prior, irrelevant_masked_sites
 
 _MAX_DRAWS = 256
 
@@ -23,6 +24,8 @@ class Probes:
         singles: one evaluation per row of ``q``.
         gradients: of log-prior and log-likelihood, each ``(n, dim)``.
         sizes: the two batch sizes to verify with; they add up to ``n``.
+        gaussian_prior: whether the prior of ``q`` is N(0, I).
+        parameters: leaf tensors inside the model that ask for gradients.
     """
 
     q: Tensor
@@ -30,146 +33,139 @@ class Probes:
     gradients: tuple[Tensor, Tensor]
     sizes: tuple[int, int]
     gaussian_prior: bool
-    unmasked: set[str]
     parameters: list[Tensor]
 
     def groups(self) -> Iterator["Probes"]:
         """The probes split into the two batches."""
-        start = 0
-        for size in self.sizes:
-            part = slice(start, start + size)
-            prior, likelihood = self.gradients
-            yield Probes(
-                self.q[part],
-                self.singles[part],
-                (prior[part], likelihood[part]),
-                self.sizes,
-                self.gaussian_prior,
-                self.unmasked,
-                self.parameters,
-            )
-            start += size
+        prior, likelihood = self.gradients
+        for part in (slice(0, self.sizes[0]), slice(self.sizes[0], sum(self.sizes))):
+            gradients = (prior[part], likelihood[part])
+            yield replace(self, q=self.q[part], singles=self.singles[part], gradients=gradients)
 
 
-def collect_probes(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout) -> Probes:
-    """Draw probe points and raise if the model cannot be sampled from at any of them."""
-    own_sizes = sizes_in(args, kwargs, list(layout.shapes.values()), [layout.dim])
-    first = _prior_draw(model, args, kwargs, layout)
-    own_sizes |= sizes_in({k: v.shape for k, v in first.values.items()})
-    sizes = probe_sizes(own_sizes)
-    device = first.vector().device
-    check_reproducible(model, args, kwargs, layout, first.vector(), device)
-    points = _finite_points(model, args, kwargs, layout, first, sum(sizes))
-    unmasked = irrelevant_masked_sites(model, args, kwargs, layout, points)
-    layout.unmasked |= unmasked
+def collect_probes(runner: Runner) -> Probes:
+    """Draw probe points; raise if the model cannot be sampled from at any of them.
+
+    Draws come from the current random state. Latent sites whose masks turn out to matter to nothing are noted in the
+    layout.
+    """
+    layout = runner.layout
+    first = _prior_draw(runner)
+    sizes = _probe_sizes(
+        _sizes_in(runner.args, runner.kwargs, list(layout.shapes.values()), layout.dim, first.values)
+    )
+    check_reproducible(runner, first.vector())
+    points = _finite_points(runner, first, sum(sizes))
+    layout.unmasked |= irrelevant_masked_sites(runner, points)
 
     singles: list[Evaluate] = []
-    rows: list[tuple[Tensor, Tensor]] = []
+    gradients: list[tuple[Tensor, Tensor]] = []
     parameters: dict[int, Tensor] = {}
     for point in points:
         q = point.detach().requires_grad_(True)
         with torch.enable_grad():
-            run = FromVector(layout, q).run(model, args, kwargs)
+            run = runner.single(q)
             terms = run.totals()
-        for leaf in _leaves(terms, q):
-            parameters[id(leaf)] = leaf
-        rows.append((_gradient(terms[0], q), _gradient(terms[1], q)))
+        parameters |= {id(leaf): leaf for leaf in _leaves(terms, q)}
+        gradients.append((gradient(terms[0], q), gradient(terms[1], q)))
         for store in (run.log_prior, run.log_likelihood, run.values):
             store.update({name: value.detach() for name, value in store.items()})
         singles.append(run)
-    gradients = (torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows]))
-    _require_finite_gradients(gradients, layout)
-
-    q = points[0].detach().requires_grad_(True)
-    with torch.enable_grad():
-        prior = GaussianPrior(layout, q)
-        prior.run(model, args, kwargs)
-    return Probes(
-        points, singles, gradients, sizes, all(prior.standard.values()), unmasked, list(parameters.values())
-    )
+    prior, likelihood = (torch.stack(list(column)) for column in zip(*gradients, strict=True))
+    _require_finite_gradients(prior + likelihood, layout)
+    gaussian = has_gaussian_prior(runner, points[0])
+    return Probes(points, singles, (prior, likelihood), sizes, gaussian, list(parameters.values()))
 
 
-def _prior_draw(model: Model, args: Any, kwargs: Any, layout: Layout) -> FromPrior:
-    run = FromPrior(layout, score=True)
+def _prior_draw(runner: Runner) -> FromPrior:
+    shapes = runner.layout.shapes
     try:
         with torch.no_grad():
-            run.run(model, args, kwargs)
+            run: FromPrior = runner.run(FromPrior(runner.layout, score=True))
             run.totals()
     except BatchingError as error:
         raise ValueError(
             f"the sites of the model change from run to run: {error}. Every run must visit the same latent sites."
         ) from None
     for name, value in run.values.items():
-        if name not in layout.shapes or value.shape != layout.shapes[name]:
+        if name not in shapes or value.shape != shapes[name]:
+            before = tuple(shapes[name]) if name in shapes else "absent"
             raise ValueError(
-                f"the sites of the model change from run to run: {name!r} had shape {tuple(layout.shapes.get(name, ()))}, "
-                f"now {tuple(value.shape)}"
+                f"the sites of the model change from run to run: {name!r} was {before}, now {tuple(value.shape)}"
             )
     return run
 
 
-def _finite_points(
-    model: Model, args: Any, kwargs: Any, layout: Layout, first: FromPrior, num: int
-) -> Tensor:
+def _finite_points(runner: Runner, first: FromPrior, num: int) -> Tensor:
     """The ``num`` most plausible of some prior draws, in ``q``."""
     drawn: list[tuple[float, Tensor]] = []
-    troubles: dict[str, dict[str, int]] = {"nan": {}, "-inf": {}}
+    always: dict[str, set[str]] = {"nan": set(first.log_terms()), "-inf": set(first.log_terms())}
     run, tries = first, 0
     while True:
         tries += 1
         q = run.vector()
-        prior, likelihood = run.totals()
-        if bool(torch.isfinite(q).all()) and bool(torch.isfinite(prior)) and bool(torch.isfinite(likelihood)):
-            drawn.append((float(likelihood), q))
-        for name, value in (*run.log_prior.items(), *run.log_likelihood.items()):
-            kind = "nan" if bool(torch.isnan(value)) else "-inf" if bool(value == -torch.inf) else None
-            if kind is not None:
-                troubles[kind][name] = troubles[kind].get(name, 0) + 1
+        likelihood = _finite_likelihood(q, run)
+        if likelihood is not None:
+            drawn.append((likelihood, q))
+        terms = run.log_terms()
+        always["nan"] &= {name for name, value in terms.items() if bool(torch.isnan(value))}
+        always["-inf"] &= {name for name, value in terms.items() if bool(value == -torch.inf)}
         if len(drawn) >= 2 * num or (drawn and tries >= 4 * num) or tries >= _MAX_DRAWS:
             break
-        run = _prior_draw(model, args, kwargs, layout)
+        run = _prior_draw(runner)
     if not drawn:
-        _explain(troubles, tries)
+        _explain(always, tries)
     drawn.sort(key=lambda pair: -pair[0])
     points = [q for _, q in drawn[:num]]
     scale = 0.1
-    while len(points) < num:  # few draws are possible at all: look close to those that are
+    while len(points) < num:  # few draws are possible at all: look close to one that is
         q = points[0] + scale * torch.randn_like(points[0])
         with torch.no_grad():
-            run_near = FromVector(layout, q).run(model, args, kwargs)
-        if all(bool(torch.isfinite(term)) for term in run_near.totals()):
+            possible = _finite_likelihood(q, runner.single(q)) is not None
+        if possible:
             points.append(q)
-        scale *= 0.7
-        if scale < 1e-6:
-            points += [points[0] + scale * (i + 1) for i in range(num - len(points))]
+        scale = max(0.8 * scale, 1e-3)
+        tries += 1
+        if tries > 2 * _MAX_DRAWS:
+            raise ValueError(
+                "the log-density is finite at isolated points only; check the likelihood's support and its parameters"
+            )
     return torch.stack(points)
 
 
-def _explain(troubles: dict[str, dict[str, int]], tries: int) -> None:
-    for kind, meaning in (("nan", "NaN"), ("-inf", "-inf: the observation is impossible")):
-        always = [name for name, count in troubles[kind].items() if count == tries]
-        some = always or list(troubles[kind])
-        if some:
-            raise ValueError(
-                f"the log-probability of site {some[0]!r} is {meaning} at all of {tries} draws from the prior. "
-                "Check the data for NaN and for values outside the likelihood's support, and the likelihood's parameters."
-            )
-    raise ValueError(f"the log-density is not finite at any of {tries} draws from the prior")
+def _finite_likelihood(q: Tensor, run: Evaluate) -> float | None:
+    prior, likelihood = run.totals()
+    finite = torch.isfinite(q).all() & torch.isfinite(prior) & torch.isfinite(likelihood)
+    return float(likelihood) if bool(finite) else None
 
 
-def _require_finite_gradients(gradients: tuple[Tensor, Tensor], layout: Layout) -> None:
-    total = gradients[0] + gradients[1]
+def _explain(always: dict[str, set[str]], tries: int) -> NoReturn:
+    where = f"at every one of {tries} draws from the prior"
+    if always["nan"]:
+        raise ValueError(
+            f"the log-probability of site {min(always['nan'])!r} is NaN {where}: check the likelihood for 0/0, logarithms "
+            "of negative numbers and invalid parameters, and the data for NaN"
+        )
+    if always["-inf"]:
+        raise ValueError(
+            f"the observation is impossible: the log-probability of site {min(always['-inf'])!r} is -inf {where}. Check "
+            "that the data lie in the support of the likelihood, or widen the likelihood."
+        )
+    raise ValueError(f"the log-density is not finite {where}")
+
+
+def _require_finite_gradients(total: Tensor, layout: Layout) -> None:
     for name, site in layout.latents.items():
-        bad = ~torch.isfinite(total[:, site.start : site.stop])
-        if bool(bad.any(-1).all()):
+        if bool((~torch.isfinite(total[:, site.start : site.stop])).any(-1).all()):
             raise ValueError(
-                f"the gradient with respect to site {name!r} is not finite at any probe although the density is. Masking a "
-                "NaN does not remove it from the gradient: replace missing observations by any valid number before masking."
+                f"the gradient with respect to site {name!r} is not finite at any of {len(total)} probes although the "
+                "density is. A torch.where or mask does not keep a NaN or infinity out of the gradient: replace such "
+                "values before they enter the density."
             )
 
 
 def _leaves(terms: tuple[Tensor, ...], q: Tensor) -> list[Tensor]:
-    """Every leaf tensor other than ``q`` that the terms would send gradients to (network parameters)."""
+    """Every leaf tensor other than ``q`` to which the terms would send gradients (network parameters)."""
     found, seen = [], set()
     stack = [term.grad_fn for term in terms if term.grad_fn is not None]
     while stack:
@@ -184,8 +180,24 @@ def _leaves(terms: tuple[Tensor, ...], q: Tensor) -> list[Tensor]:
     return found
 
 
-def _gradient(term: Tensor, q: Tensor) -> Tensor:
-    if not term.requires_grad:
-        return torch.zeros_like(q)
-    gradient = torch.autograd.grad(term, q, retain_graph=True, allow_unused=True)[0]
-    return torch.zeros_like(q) if gradient is None else gradient
+def _probe_sizes(taken: set[int]) -> tuple[int, int]:
+    """Two batch sizes that occur nowhere in the model."""
+    free = (n for n in range(3, len(taken) + 10) if n not in taken)
+    return next(free), next(free)
+
+
+def _sizes_in(*things: Any) -> set[int]:
+    """Every dimension of every tensor (and shape) found in nested containers."""
+    found: set[int] = set()
+    for thing in things:
+        if isinstance(thing, torch.Size):
+            found |= set(thing) | {thing.numel()}
+        elif hasattr(thing, "shape"):
+            found |= _sizes_in(torch.Size(thing.shape))
+        elif isinstance(thing, dict):
+            found |= _sizes_in(*thing.values())
+        elif isinstance(thing, Iterable) and not isinstance(thing, str | bytes):
+            found |= _sizes_in(*thing) if isinstance(thing, list | tuple | set) else set()
+        elif isinstance(thing, int):
+            found.add(thing)
+    return found

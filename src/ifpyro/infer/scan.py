@@ -14,16 +14,9 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
 
-from ifpyro.infer.handlers import (
-    Evaluate,
-    FromPrior,
-    FromVector,
-    LatentSite,
-    Layout,
-    is_deterministic,
-    split_mask,
-    support_tensors,
-)
+from ifpyro.infer.handlers import Evaluate, FromVector
+from ifpyro.infer.layout import LatentSite, Layout, is_deterministic, split_mask, support_tensors
+from ifpyro.infer.runner import Runner
 
 Model = Callable[..., Any]
 
@@ -68,7 +61,7 @@ class Scan(Evaluate):
 
     def __init__(self) -> None:
         super().__init__(Layout())
-        self.device: torch.device | None = None
+        self.device = torch.device("cpu")
 
     def _subsample(self, msg: Any) -> None:
         fn = msg["fn"]
@@ -137,6 +130,11 @@ class Scan(Evaluate):
             raise ValueError(
                 f"observed site {name!r}: expected obs to be a tensor, got {type(value).__name__}"
             )
+        if value.is_floating_point() and bool(torch.isnan(value).any()):
+            raise ValueError(
+                f"observed site {name!r} contains NaN. A mask does not keep NaN out of the gradient: put any valid "
+                "number in place of missing observations and mask them, or leave them out."
+            )
         fn, own_mask = split_mask(fn)
         try:
             support = fn.support
@@ -149,8 +147,6 @@ class Scan(Evaluate):
         for mask in (own_mask, msg["mask"]):
             if mask is not None:
                 inside = inside | ~torch.as_tensor(mask)
-        if value.is_floating_point() and bool(torch.isnan(value).any()):
-            return  # reported as a NaN likelihood, or masked
         if not bool(inside.all()):
             raise ValueError(
                 f"observed site {name!r} is impossible: its value lies outside the support ({support}) of {_kind(fn)}. "
@@ -168,8 +164,9 @@ class Scan(Evaluate):
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
-            value = fn.sample()
-            self.device = value.device if self.device is None else self.device
+            value: Tensor = fn.sample()
+        if not self.values:
+            self.device = value.device
         return value, None
 
     def sum_rows(self, terms: Tensor, name: str) -> Tensor:
@@ -181,7 +178,8 @@ class Scan(Evaluate):
 def scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scan:
     """Run the model once from the prior and return what was found, or raise what is wrong with it."""
     found = Scan()
-    found.run(model, args, kwargs)
+    with found:
+        model(*args, **kwargs)
     if not found.layout.latents:
         raise ValueError(
             "the model has no latent sites: every pyro.sample in it is observed or deterministic. There is nothing to "
@@ -190,24 +188,21 @@ def scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scan:
     return found
 
 
-def check_reproducible(
-    model: Model, args: Any, kwargs: Any, layout: Layout, q: Tensor, device: torch.device
-) -> None:
+def check_reproducible(runner: Runner, q: Tensor) -> None:
     """Raise if two runs on the same latent values disagree."""
     runs = []
     for seed in (1, 2):
-        with seeded(seed, device):
-            runs.append(FromVector(layout, q).run(model, args, kwargs))
-    for part in ("log_prior", "log_likelihood"):
-        first, second = getattr(runs[0], part), getattr(runs[1], part)
-        for name in {**first, **second}:
-            same = name in first and name in second
-            if not (same and torch.allclose(first[name], second[name], rtol=1e-5, atol=1e-6, equal_nan=True)):
-                raise ValueError(
-                    f"the model is not reproducible: site {name!r} has a different log-probability in two runs on the "
-                    "same latent values. Randomness inside the model (torch.randn, dropout, random minibatches) must "
-                    "be a pyro.sample site, or be drawn once outside the model."
-                )
+        with seeded(seed, q.device):
+            runs.append(runner.single(q))
+    first, second = runs[0].log_terms(), runs[1].log_terms()
+    for name in {**first, **second}:
+        same = name in first and name in second
+        if not (same and torch.allclose(first[name], second[name], rtol=1e-5, atol=1e-6, equal_nan=True)):
+            raise ValueError(
+                f"the model is not reproducible: site {name!r} has a different log-probability in two runs on the same "
+                "latent values. Randomness inside the model (torch.randn, dropout, random minibatches) must be a "
+                "pyro.sample site, or be drawn once outside the model."
+            )
 
 
 class MaskProbe(FromVector):
@@ -225,7 +220,7 @@ class MaskProbe(FromVector):
         return super().latent_value(msg, site, fn)
 
 
-def irrelevant_masked_sites(model: Model, args: Any, kwargs: Any, layout: Layout, points: Tensor) -> set[str]:
+def irrelevant_masked_sites(runner: Runner, points: Tensor) -> set[str]:
     """Masked latent sites whose masked-out entries matter to nothing else in the model.
 
     A masked-out latent entry has no prior. If nothing else depends on it either (padding, or the observed part of an
@@ -237,10 +232,9 @@ def irrelevant_masked_sites(model: Model, args: Any, kwargs: Any, layout: Layout
     for q in points:
         q = q.detach().requires_grad_(True)
         with torch.enable_grad():
-            run = MaskProbe(layout, q)
-            run.run(model, args, kwargs)
+            run: MaskProbe = runner.run(MaskProbe(runner.layout, q))
         for name, mask in run.masks.items():
-            site = layout.latents[name]
+            site = runner.layout.latents[name]
             others = [v for k, v in (*run.log_prior.items(), *run.log_likelihood.items()) if k != name]
             joint = sum((v.sum() for v in others), q.sum() * 0)
             (gradient,) = torch.autograd.grad(joint, q, retain_graph=True)
@@ -272,11 +266,11 @@ class GaussianPrior(FromVector):
         return super().latent_value(msg, site, fn)
 
 
-def prior_point(model: Model, args: Any, kwargs: Any, layout: Layout) -> tuple[Tensor, FromPrior]:
-    """One unconstrained prior draw ``(dim,)`` and the run that made it."""
-    run = FromPrior(layout, score=True)
-    run.run(model, args, kwargs)
-    return run.vector(), run
+def has_gaussian_prior(runner: Runner, point: Tensor) -> bool:
+    """Whether the prior of ``q`` is exactly N(0, I)."""
+    with torch.enable_grad():
+        run: GaussianPrior = runner.run(GaussianPrior(runner.layout, point.detach().requires_grad_(True)))
+    return all(run.standard.values())
 
 
 def _support(fn: Any, name: str) -> Any:

@@ -1,25 +1,24 @@
 """Whether a batched density may be trusted: comparison with the single-draw density, site by site, row by row.
 
-A batched evaluation ``f`` of ``n`` draws is right if row ``i`` is the single-draw result of ``q_i`` and depends on nothing
-else. Checked at two different ``n``, neither of which is 1 nor a size that occurs in the model (a coincidence of sizes lets
-misaligned shapes broadcast), for
+A batched evaluation of ``n`` draws is right if row ``i`` is the single-draw result of ``q_i`` and depends on nothing
+else. Checked at two different ``n``, neither of which is 1 nor a size that occurs in the model (a coincidence of
+sizes lets misaligned shapes broadcast), for
 
 * the value of every site and the log-probability of every site, row by row;
-* gradients of both terms, with random weights per row;
+* gradients of both terms, with a different weight for every row;
 * leakage: the gradient of one row's density with respect to all other rows must be exactly zero;
 * control flow: no latent value may steer a Python branch, which a batch would take for all rows at once.
 """
 
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ifpyro.infer.handlers import BatchingError, Evaluate
-
-Run = Callable[[Tensor], Evaluate]
-"""From ``q`` of shape ``(dim,)`` (single draw) or ``(n, dim)`` (batched) to a finished evaluation."""
+from ifpyro.infer.handlers import Evaluate, FromPrior
+from ifpyro.infer.layout import BatchingError
+from ifpyro.infer.probe import Probes
+from ifpyro.infer.runner import Batching, Runner
 
 
 class BranchError(BatchingError):
@@ -37,12 +36,72 @@ class _Watched(torch.Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def branches_on_latents(single: Run, q: Tensor) -> bool:
+class Verifier:
+    """Holds a model's batched evaluations against its probes.
+
+    Args:
+        runner: the model.
+        probes: single-draw results.
+    """
+
+    def __init__(self, runner: Runner, probes: Probes):
+        self.runner, self.probes = runner, probes
+        self.branches = branches_on_latents(runner, probes.q[:2])
+
+    def objection(self, what: str, batching: Batching, size: int | None = None) -> str | None:
+        """Why a way of batching is wrong for this model's density, values or prior draws, or None if it is right."""
+        if self.branches:
+            return "the model branches on latent values (if, while, .item() or bool() of a tensor)"
+        try:
+            for part in self.probes.groups():
+                if what == "density":
+                    check_density(self.runner, batching, part)
+                elif what == "values":
+                    with torch.no_grad():
+                        check_values(self.runner.values(batching, part.q), part.singles)
+                else:
+                    self._check_prior_draws(batching, size or len(part.q))
+        except BatchingError as error:
+            return str(error)
+        except Exception as error:  # whatever a model may raise when it meets a batch it was not written for
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return None
+
+    def check_some_values(self, batching: Batching, q: Tensor) -> None:
+        """Raise `BatchingError` unless the sites of the first, middle and last row equal those of single draws."""
+        rows = _some_rows(len(q))
+        values = self.runner.values(batching, q)
+        check_values(
+            {name: value[rows] for name, value in values.items()}, [self.runner.single(q[i]) for i in rows]
+        )
+
+    def _check_prior_draws(self, batching: Batching, n: int) -> None:
+        runner = self.runner
+        with torch.no_grad():
+            if batching == "vmap":
+                q = runner.draw("vmap", n, self.probes.q)
+            else:
+                run = runner.run(FromPrior(runner.layout, n, score=True))
+                q = run.vector()
+                # Draws follow the densities that the same run reports; are those the right ones?
+                for i in _some_rows(n):
+                    expected = runner.single(q[i]).totals()[0]
+                    if not _agree(run.totals()[0][i : i + 1], expected[None]):
+                        raise BatchingError("prior draws do not follow the model's prior")
+        if q.shape != (n, runner.layout.dim):
+            raise BatchingError("prior draws have the wrong shape")
+        for name, site in runner.layout.latents.items():
+            if len(torch.unique(q[:, site.start : site.stop], dim=0)) < n:
+                raise BatchingError(f"prior draws of site {name!r} repeat", name)
+
+
+def branches_on_latents(runner: Runner, q: Tensor) -> bool:
     """Whether any Python control flow of the model depends on latent values.
 
-    Such a model may agree with its single-draw density on every probe and still be wrong elsewhere, when rows of one batch
-    would take different branches.
+    Such a model may agree with its single-draw density on every probe and still be wrong elsewhere, when rows of one
+    batch would take different branches.
     """
+    single = runner.single
 
     def terms(row: Tensor) -> tuple[Tensor, Tensor]:
         return single(row).totals()
@@ -67,45 +126,12 @@ def branches_on_latents(single: Run, q: Tensor) -> bool:
         return False
 
 
-def probe_sizes(sizes: Iterable[int]) -> tuple[int, int]:
-    """Two batch sizes that occur nowhere among ``sizes``."""
-    taken = set(sizes)
-    free = [n for n in (3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37) if n not in taken][:2]
-    if len(free) < 2:
-        free = [n for n in range(2, len(taken) + 5) if n not in taken][:2]
-    return free[0], free[1]
-
-
-def sizes_in(*things: Any) -> set[int]:
-    """Every dimension of every tensor (and shape) found in nested containers."""
-    found: set[int] = set()
-    for thing in things:
-        if isinstance(thing, torch.Size):
-            found |= set(thing)
-        elif hasattr(thing, "shape"):
-            found |= {int(n) for n in thing.shape} | {int(torch.Size(thing.shape).numel())}
-        elif isinstance(thing, dict):
-            found |= sizes_in(*thing.values())
-        elif isinstance(thing, (list, tuple, set)):
-            found |= {len(thing)} | sizes_in(*thing)
-        elif isinstance(thing, int):
-            found.add(thing)
-    return found
-
-
-def check_density(batched: Run, singles: list[Evaluate], q: Tensor, gradients: tuple[Tensor, Tensor]) -> None:
-    """Raise `BatchingError`, naming the site, unless the batched density is right at ``q``.
-
-    Args:
-        batched: the evaluation under test.
-        singles: single-draw evaluations of the rows of ``q``.
-        q: probe draws, ``(n, dim)``, all different and with finite density.
-        gradients: of the single-draw log-prior and log-likelihood, each ``(n, dim)``.
-    """
-    n = len(q)
-    q = q.detach().requires_grad_(True)
+def check_density(runner: Runner, batching: Batching, probes: Probes) -> None:
+    """Raise `BatchingError`, naming the site, unless the batched density is right at all probes."""
+    n, singles = len(probes.q), probes.singles
+    q = probes.q.detach().requires_grad_(True)
     with torch.enable_grad():
-        run = batched(q)
+        run = runner.terms(batching, q)
         terms = run.totals()
     for part in ("log_prior", "log_likelihood"):
         ours = getattr(run, part)
@@ -118,7 +144,7 @@ def check_density(batched: Run, singles: list[Evaluate], q: Tensor, gradients: t
                     f"the log-probability of site {name!r} differs from that of single draws", name
                 )
     weights = torch.linspace(0.5, 1.5, n, dtype=q.dtype, device=q.device)
-    for term, expected, part in zip(terms, gradients, ("log-prior", "log-likelihood"), strict=True):
+    for term, expected, part in zip(terms, probes.gradients, ("log-prior", "log-likelihood"), strict=True):
         if term.shape != (n,):
             raise BatchingError(f"the {part} has shape {tuple(term.shape)} for {n} draws")
         if not term.requires_grad:
@@ -170,6 +196,16 @@ def _agree(value: Tensor, expected: Tensor) -> bool:
     return bool((close | (value == expected) | (torch.isnan(value) & torch.isnan(expected))).all())
 
 
-def close_totals(batched: tuple[Tensor, Tensor], row: int, single: tuple[Tensor, Tensor]) -> bool:
-    """Whether one row of batched ``(log_prior, log_likelihood)`` equals the single-draw pair."""
-    return all(_agree(many[row : row + 1], one[None]) for many, one in zip(batched, single, strict=True))
+def same_rows(runner: Runner, q: Tensor | None) -> bool:
+    """Whether the first, middle and last row of the density under a plate equal those of single draws."""
+    assert q is not None
+    q = q.detach()
+    rows = _some_rows(len(q))
+    batched = runner.totals("plate", q)
+    singles = [runner.safe_single(q[i]) for i in rows]
+    pairs = zip(batched, zip(*singles, strict=True), strict=True)
+    return all(_agree(many[rows], torch.stack(list(few))) for many, few in pairs)
+
+
+def _some_rows(n: int) -> list[int]:
+    return sorted({0, n // 2, n - 1})
