@@ -41,7 +41,8 @@ class HMC(Kernel[State]):
         model: the Pyro model.
         step_size: leapfrog step in whitened units; tuned if ``None``.
         trajectory_length: mean trajectory length in whitened units; tuned if ``None``.
-        criterion: what tunes it: ``"snaper"`` (1.0 to 1.5 times the ESS per gradient in our tests) or ``"chees"``.
+        criterion: what tunes it: ``"snaper"`` (1 to 1.5 times the ESS per gradient where we measured)
+            or ``"chees"``.
         metric: ``"diagonal"``, ``"dense"``, or ``"auto"``: dense where there are draws enough to estimate it.
         target_accept: harmonic-mean acceptance of the guide at which the step size aims.
         max_steps: most leapfrog steps in one trajectory.

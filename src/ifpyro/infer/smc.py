@@ -20,39 +20,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ifpyro.fidelity import Level
-from ifpyro.infer import hamiltonian
-from ifpyro.infer.adaptation import TrajectoryLength, harmonic_mean
 from ifpyro.infer.arguments import check_count, check_fraction
 from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.diagnostics import pareto_k
 from ifpyro.infer.draws import Draws
 from ifpyro.infer.metric import Metric, metric_from_draws
+from ifpyro.infer.moves import Moved, Mover, Stage
 from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
 from ifpyro.infer.target import Target, Value
-from ifpyro.infer.tempering import next_temperature, systematic_resample
-
-CORRELATION = 0.1
-"""Correlation with the start of a temperature at which its moves stop."""
-
-
-class Stage(NamedTuple):
-    """What one temperature did."""
-
-    beta: float
-    """Inverse temperature reached."""
-    moves: int
-    """Hamiltonian moves made there."""
-    step_size: float
-    """Leapfrog step at its end, in whitened units."""
-    num_steps: int
-    """Leapfrog steps spent per particle."""
-    acceptance: float
-    """Mean acceptance of the moves."""
-    correlation: float
-    """Correlation of the particles with where they stood before the moves: root mean square over axes, or
-    that of the log-likelihood if larger."""
-    level: Level
-    """Fidelity of the guide."""
+from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
 
 
 class Tuning(NamedTuple):
@@ -82,10 +58,11 @@ class SMC(Draws):
         batching: how to batch the model (see `BatchedModel`); chosen by itself if ``None``.
         progress: show a progress bar with temperature and evidence.
 
-    After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard error
-    by the delta method), `island_log_evidence` ``(num_islands,)``, `stages`, and `pareto_k` where prior draws
-    carried enough weight for a single importance sampling step (above 0.7 it is not to be trusted: Vehtari et
-    al. 2024).
+    After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard
+    error: the spread over islands, by the delta method, but never less than independent particles would give,
+    ``sqrt(sum_k (N / ESS_k - 1) / N)``, because few islands can agree by luck), `island_log_evidence`
+    ``(num_islands,)``, `stages`, and `pareto_k` where prior draws carried enough weight for a single
+    importance sampling step (above 0.7 it is not to be trusted: Vehtari et al. 2024).
 
     Raises:
         ValueError: for arguments out of range.
@@ -164,8 +141,10 @@ class SMC(Draws):
         self.stages, self.pareto_k = [], None
         islands, per_island = self.num_islands, self.num_particles // self.num_islands
         log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
-        length = TrajectoryLength()
-        step_size = q.shape[1] ** -0.25
+        floor = 0.0
+        mover = Mover(
+            target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves
+        )
         beta = 0.0
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:
@@ -176,6 +155,7 @@ class SMC(Draws):
                 beta_next = next_temperature(log_likelihood, beta, self.ess_threshold)
                 log_weight = (beta_next - beta) * log_likelihood.double()
                 log_evidence += log_weight.logsumexp(1) - math.log(per_island)
+                floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / self.num_particles
                 if beta == 0.0 and beta_next == 1.0:
                     self.pareto_k = pareto_k(log_weight.flatten())
                 weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
@@ -183,16 +163,15 @@ class SMC(Draws):
                 index = systematic_resample(log_weight, generator)
                 index = (index + per_island * torch.arange(islands, device=q.device)[:, None]).flatten()
                 beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
-                state, info, step_size = self._move(
-                    target, q, fine, beta, metric, length, step_size, generator
-                )
-                q, fine = state.q, state.fine
-                stage = self.stages[-1]
+                moved = mover.run(q, fine, beta, metric)
+                q, fine, stage = moved.state.q, moved.state.fine, moved.stage
+                self.stages.append(stage)
                 bar.set_postfix_str(
                     f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
                     f"accept={stage.acceptance:.2f} moves={stage.moves}"
                 )
-        self._finish(q, state, info, log_evidence, Tuning(step_size, length.length, metric, target.level))
+        self.tuning = Tuning(mover.step_size, mover.length.length, metric, target.level)
+        self._finish(moved, log_evidence, math.sqrt(floor))
         return self
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -218,79 +197,23 @@ class SMC(Draws):
         index = systematic_resample(self._stats["log_weight"].reshape(1, -1), generator, num)[0]
         return positions.reshape(-1, positions.shape[-1])[index]
 
-    def _move(
-        self,
-        target: Target,
-        q: Tensor,
-        fine: Value,
-        beta: float,
-        metric: Metric,
-        length: TrajectoryLength,
-        step_size: float,
-        generator: torch.Generator,
-    ) -> tuple[hamiltonian.State, hamiltonian.Info, float]:
-        """Move all particles at ``beta`` until they have left where they stood."""
-        target.choose_level(q, fine, beta)
-        state = hamiltonian.start(target, q, fine, beta)
-        origin = metric.whiten(q)
-        history: list[float] = []
-        steps, acceptance = 0, 0.0
-        for move in range(self.max_moves):
-            jitter = length.jitter(move)
-            num_steps = length.num_steps(step_size, jitter, self.max_steps)
-            before = metric.whiten(state.q)
-            state, info = hamiltonian.transition(
-                target,
-                state,
-                step_size=step_size,
-                num_steps=num_steps,
-                metric=metric,
-                generator=generator,
-                beta=beta,
-            )
-            after = metric.whiten(info.proposal)
-            length.update(before, after, info.velocity, info.guide_acceptance, jitter, step_size)
-            step_size *= math.exp(0.5 * (harmonic_mean(info.guide_acceptance) - self.target_accept))
-            steps += num_steps
-            acceptance += float(info.acceptance.mean())
-            history.append(
-                max(
-                    _correlation(origin, metric.whiten(state.q)),
-                    _correlation(fine.log_likelihood[:, None], state.fine.log_likelihood[:, None]),
-                )
-            )
-            if _decorrelated(history, self.num_particles):
-                break
-        moves = len(history)
-        self.stages.append(
-            Stage(beta, moves, step_size, steps, acceptance / moves, history[-1], target.level)
-        )
-        return state, info, step_size
-
-    def _finish(
-        self,
-        q: Tensor,
-        state: hamiltonian.State,
-        info: hamiltonian.Info,
-        log_evidence: Tensor,
-        tuning: Tuning,
-    ) -> None:
+    def _finish(self, moved: Moved, log_evidence: Tensor, floor: float) -> None:
         islands = self.num_islands
         shape = (islands, self.num_particles // islands)
         self.island_log_evidence = log_evidence
         self.log_evidence = float(_log_mean(log_evidence))
         ratio = (log_evidence - self.log_evidence).exp()
-        self.log_evidence_se = float(ratio.std() / math.sqrt(islands)) if islands > 1 else math.nan
-        self.tuning = tuning
-        self._positions = q.reshape(*shape, q.shape[1])
-        last = self.stages[-1]
+        spread = float(ratio.std() / math.sqrt(islands)) if islands > 1 else 0.0
+        self.log_evidence_se = max(spread, floor)
+        state, info = moved.state, moved.info
+        self._positions = state.q.reshape(*shape, -1)
         lp = state.fine.tempered(1.0)
         self._stats = {
             "lp": lp,
             "energy": info.energy,
             "acceptance_rate": info.acceptance,
             "diverging": info.diverging,
-            "step_size": torch.full_like(lp, last.step_size),
+            "step_size": torch.full_like(lp, moved.stage.step_size),
             "n_steps": torch.full_like(lp, info.num_steps, dtype=torch.long),
             "fidelity_gap": info.gap,
             "log_weight": (log_evidence - self.log_evidence).to(lp.dtype).repeat_interleave(shape[1]),
@@ -302,7 +225,7 @@ class SMC(Draws):
             "log_evidence": self.log_evidence,
             "log_evidence_se": self.log_evidence_se,
             "temperatures": [stage.beta for stage in self.stages],
-            "guide_level": str(tuning.level),
+            "guide_level": str(self.tuning.level),
         }
         if self.pareto_k is not None:
             self.attributes["pareto_k"] = self.pareto_k
@@ -319,23 +242,3 @@ def _check_islands(log_likelihood: Tensor) -> None:
             f"in {int(dead.sum())} of {len(dead)} islands no particle has a positive likelihood: the data "
             "are nearly impossible under the prior; use more particles, fewer islands, or a wider likelihood"
         )
-
-
-def _correlation(origin: Tensor, now: Tensor) -> float:
-    """Root mean square over columns of the correlation, over rows, between two populations."""
-    a, b = origin - origin.mean(0), now - now.mean(0)
-    product = (a * b).mean(0).square()
-    return float((product / (a.square().mean(0) * b.square().mean(0)).clamp_min(1e-30)).mean().sqrt())
-
-
-def _decorrelated(history: list[float], num_particles: int) -> bool:
-    """Whether to stop moving: little correlation is left, or three moves in a row hardly lowered it.
-
-    Moving less looks harmless and is not: particles that keep their log-likelihood carry their weights' luck
-    from one temperature to the next, and every island then underestimates the evidence alike (by 6 nats on a
-    64-dimensional target when stopping at 0.3). The second rule is for separated modes: no local move removes
-    the correlation that says which mode a particle is in.
-    """
-    if history[-1] < max(CORRELATION, 1.5 * num_particles**-0.5):
-        return True
-    return len(history) >= 6 and min(history[-3:]) > 0.93 * min(history[:-3])
