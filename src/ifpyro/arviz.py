@@ -19,8 +19,8 @@ from torch import Tensor
 
 import ifpyro
 from ifpyro.datasets import SAMPLE, Groups
+from ifpyro.draws import Result, named_arguments, read_result, rebind
 from ifpyro.replay import Replayed, describe, replay
-from ifpyro.results import Result, named_arguments, read_result, rebind
 from ifpyro.sites import Call, Site, to_numpy
 
 _ORDER = (
@@ -84,7 +84,7 @@ def to_arviz(
 
     Args:
         result: Pyro's ``MCMC`` or ``SVI``, a guide (with ``model``), a mapping name -> ``(chains, draws,
-            *shape)``, or an engine of this library (protocol: :mod:`ifpyro.results`).
+            *shape)``, or an engine of this library (protocol: :mod:`ifpyro.draws`).
         coords: dimension -> labels.
         dims: variable -> dimension names; either one for each axis of the variable (``None`` keeps the name
             it has) or one for each axis that no plate names.
@@ -136,8 +136,7 @@ def to_arviz(
 
     values = {name: to_numpy(value) for name, value in read.samples.items()}
     stats = dict(read.stats)
-    if not view.obstacle:
-        done = view.posterior(log_likelihood is not False, "lp" not in stats)
+    if not view.obstacle and (done := view.posterior(log_likelihood is not False, "lp" not in stats)):
         values |= {name: v for name, v in view.by_chain(_values(done)).items() if name not in values}
         if ("lp", "") in done.arrays:
             stats["lp"] = done.arrays["lp", ""].reshape(read.shape)
@@ -173,6 +172,37 @@ def to_arviz(
 
     replayed = {"replay": "+".join(dict.fromkeys(view.methods))} if view.methods else {}
     return _assemble(groups, {**read.attributes, **replayed, **(attrs or {})})
+
+
+def summary(result: Any, **options: Any) -> Any:
+    """ArviZ's summary table of a result's draws as they are, without running its model again.
+
+    Args:
+        result: what :func:`to_arviz` takes.
+        options: passed to ``arviz.summary``.
+    """
+    return arviz.summary(_draws_alone(read_result(result).samples), **options)
+
+
+def convergence(samples: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
+    """ArviZ's bulk effective sample size and rank-normalised split R-hat of every component.
+
+    Args:
+        samples: name -> ``(chains, draws, *shape)``.
+
+    Returns:
+        name -> ``{"n_eff": (*shape), "r_hat": (*shape)}``. R-hat needs two chains or more to see all of a
+        failure.
+    """
+    data = _draws_alone(read_result(samples).samples)
+    n_eff, r_hat = arviz.ess(data), arviz.rhat(data)
+    return {name: {"n_eff": np.asarray(n_eff[name]), "r_hat": np.asarray(r_hat[name])} for name in samples}
+
+
+def _draws_alone(samples: Mapping[str, Tensor]) -> xarray.Dataset:
+    groups = Groups()
+    groups.add("posterior", {name: to_numpy(value) for name, value in samples.items()}, SAMPLE)
+    return groups.datasets["posterior"]
 
 
 class _View:
@@ -227,8 +257,9 @@ class _View:
     def by_chain(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         return {name: v.reshape(*self.shape, *v.shape[1:]) for name, v in arrays.items()}
 
-    def posterior(self, log_likelihood: bool, joint: bool) -> Replayed:
-        """Values that the draws lack, densities of observed sites, and the joint density."""
+    def posterior(self, log_likelihood: bool, joint: bool) -> Replayed | None:
+        """Values that the draws lack, densities of observed sites, and the joint density; None if all is
+        there."""
 
         def lacking(site: Site) -> bool:
             if site.kind not in ("latent", "deterministic"):
@@ -237,6 +268,9 @@ class _View:
                 site.base_shape is not None and f"{site.name}_base" not in {*self.draws, *self.sites}
             )
 
+        observed = any(site.kind == "observed" for site in self.sites.values())
+        if not (joint or (log_likelihood and observed) or any(map(lacking, self.sites.values()))):
+            return None
         return self.replay(
             "posterior", self.draws, self.count, wanted=lacking, log_likelihood=log_likelihood, joint=joint
         )

@@ -66,8 +66,8 @@ class Groups:
             for dim, size in zip(names, array.shape, strict=True):
                 if sizes.setdefault(dim, size) != size:
                     raise ValueError(
-                        f"dimension {dim!r} has size {size} in {name!r} and {sizes[dim]} elsewhere in {group!r}: "
-                        "give it another name in dims"
+                        f"dimension {dim!r} has size {size} in {name!r} but {sizes[dim]} before in "
+                        f"{group!r}: give it another name in dims"
                     )
             variables[name] = (names, array)
         coords = {dim: self._labels(dim, size, group) for dim, size in sizes.items()}

@@ -1,16 +1,18 @@
 """Run a Pyro model again at many draws, in batches of bounded memory.
 
 A sampler keeps the latent sites only. Deterministic sites, log-likelihoods and predictions follow from them
-by running the model again at each draw. Three ways to do that, tried in this order:
+by running the model again at each draw. The run at one draw is the definition; batches must give the same:
 
-* ``plate``: one run under an outermost plate over draws, to the left of every other batch dimension;
-* ``vmap``: :func:`torch.func.vmap` of the run at one draw;
-* ``loop``: the run at one draw, draw after draw. This is the definition the other two are held to.
+* ``vmap``: :func:`torch.func.vmap` of the run at one draw. It cannot mix draws up, and refuses what it cannot
+  do.
+* ``plate``: one run under an outermost plate over draws, to the left of every other batch dimension. Only
+  this draws new values in a batch, but a model may mix its draws there without an error: by ``x.mean()``
+  meant over one draw, by ``if (x > 0).any()``, by indexing from the left. So the values it drew are held
+  fixed, every number is computed again by ``vmap``, and all rows must agree, log-densities of the drawn sites
+  included.
+* ``loop``: the run at one draw, draw after draw, wherever the others fail.
 
-A model that mixes its draws (``x.mean()`` meant over one draw, indexing from the left, undeclared batch
-dimensions) may run under a plate and give wrong numbers. So three draws of every batch are compared with the
-run at one draw, and a method that differs anywhere is dropped. Sites that are drawn anew are compared by
-their log-density, with the one-draw run held at the values that the batch drew.
+Three rows of every batch are compared with the run at one draw as well.
 """
 
 import math
@@ -57,9 +59,9 @@ class _CannotBatch(Exception):
 class _Steer(Messenger):
     """Hold the given sites at their values and, if asked, draw observed sites anew."""
 
-    def __init__(self, given: Mapping[str, Tensor], redraw: bool) -> None:
+    def __init__(self, given: Mapping[str, Tensor], redraw: bool, one_draw: bool) -> None:
         super().__init__()
-        self.given, self.redraw = given, redraw
+        self.given, self.redraw, self.one_draw = given, redraw, one_draw
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -69,10 +71,18 @@ class _Steer(Messenger):
             # Data may have more batch dimensions than the distribution: one fresh value for each observation.
             value = msg["value"]
             batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
-            msg["fn"] = fn.expand(batch)
+            msg["fn"] = fn = fn.expand(batch)
             msg["value"], msg["is_observed"] = None, False
         if name in self.given and not msg["is_observed"]:
-            msg["value"] = self.given[name]
+            value = self.given[name]
+            # A value of another shape might broadcast into something that looks right.
+            if self.one_draw and value.shape != fn.shape():
+                raise ValueError(
+                    f"site {name!r} has shape {tuple(fn.shape())} in the model called with these arguments, "
+                    f"but its draws have shape {tuple(value.shape)}: pass arguments under which the draws of "
+                    f"{name!r} fit, or a model in which it does not depend on the size of the data"
+                )
+            msg["value"] = value
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,7 @@ class _Job:
 
     def trace(self, given: Mapping[str, Tensor], plate: Any = None) -> dict[str, Any]:
         """The sample statements of one run, those of plates among them."""
-        steer = _Steer(given, self.redraw)
+        steer = _Steer(given, self.redraw, plate is None)
         with poutine.trace() as tracer, steer:
             if plate is None:
                 self.call.model(*self.call.args, **self.call.kwargs)
@@ -95,21 +105,6 @@ class _Job:
                 with plate:
                     self.call.model(*self.call.args, **self.call.kwargs)
         return {name: node for name, node in tracer.trace.nodes.items() if node["type"] == "sample"}
-
-    def sites(self, given: Mapping[str, Tensor], nodes: Mapping[str, Any]) -> dict[str, Site]:
-        """The model's sites at one draw."""
-        sites = {name: read_site(name, node) for name, node in nodes.items() if not site_is_subsample(node)}
-        for name, value in given.items():
-            site = sites.get(name)
-            if site is not None and site.kind == "latent":
-                expected = tuple(nodes[name]["fn"].shape())
-                if tuple(value.shape) != expected:
-                    raise ValueError(
-                        f"site {name!r} has shape {expected} in the model called with these arguments, but its "
-                        f"draws have shape {tuple(value.shape)}: pass arguments under which the draws of "
-                        f"{name!r} fit, or a model in which it does not depend on the size of the data"
-                    )
-        return sites
 
     def outputs(
         self,
@@ -160,6 +155,10 @@ class _Job:
         return out
 
 
+def _read(nodes: Mapping[str, Any]) -> dict[str, Site]:
+    return {name: read_site(name, node) for name, node in nodes.items() if not site_is_subsample(node)}
+
+
 def _rows(value: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
     """Read a batched value as ``(count, *shape)``: the draws first, then ones, then the shape at one draw."""
     size = math.prod(shape)
@@ -193,45 +192,45 @@ def _under_vmap(
     return {(k.split("\0")[0], k.split("\0")[1]): v for k, v in found.items()}
 
 
-_METHODS: dict[str, Callable[..., Outputs]] = {"plate": _under_plate, "vmap": _under_vmap}
-
-
-def _agrees(
-    batch: Outputs, job: _Job, given: dict[str, Tensor], sites: dict[str, Site], check: set[str]
-) -> bool:
-    """Whether three rows of a batch are what the run at one draw gives."""
-    count = len(next(iter(batch.values())))
+def _at_once(
+    job: _Job, given: dict[str, Tensor], count: int, sites: dict[str, Site], check: set[str]
+) -> tuple[str, Outputs]:
+    """All draws in one run, and how; raises if that cannot be done or the result cannot be trusted."""
+    method, held = "vmap", given
+    if check:
+        method, drawn = "plate", _under_plate(job, given, count, sites, check)
+        held = given | {name: drawn["value", name] for name in check}
+    exact = _under_vmap(job, held, count, sites, check)
+    if check:
+        _compare(drawn, exact)
     picks = sorted({0, count // 2, count - 1})
-    singles = []
-    for i in picks:
-        held = {name: value[i] for name, value in given.items()}
-        held |= {name: batch["value", name][i] for name in check}
-        singles.append(job.outputs(held, sites, check=check))
-    if any(single.keys() != batch.keys() for single in singles):
-        return False
-    for key, rows in batch.items():
-        exact = torch.stack([single[key] for single in singles])
-        found = rows[picks]
-        if exact.shape != found.shape:
-            return False
-        if not exact.dtype.is_floating_point:
-            if not torch.equal(exact, found):
-                return False
-            continue
-        tolerance, floor = (1e-6, 1e-9) if exact.dtype == torch.float64 else (1e-3, 1e-5)
-        finite = exact.isfinite()
-        if not torch.equal(finite, found.isfinite()) or not torch.equal(
-            exact.nan_to_num(0.0, 1.0, -1.0)[~finite], found.nan_to_num(0.0, 1.0, -1.0)[~finite]
-        ):
-            return False
-        # Rounding is relative to an element's usual size, which the other rows show when it crosses zero.
-        size = exact.abs().masked_fill(~finite, 0.0)
-        if size.numel() == 0:
-            continue
-        allowed = tolerance * size.amax(0, keepdim=True) + floor * size.amax()
-        if bool(((exact - found).abs() > allowed).masked_fill(~finite, False).any()):
-            return False
-    return True
+    singles = [
+        job.outputs({name: value[i] for name, value in held.items()}, sites, check=check) for i in picks
+    ]
+    _compare(
+        {key: rows[picks] for key, rows in exact.items()},
+        {key: torch.stack([single[key] for single in singles]) for key in singles[0]},
+    )
+    return method, drawn if check else exact
+
+
+def _compare(found: Outputs, exact: Outputs) -> None:
+    """Raise if any number differs by more than rounding."""
+    if found.keys() != exact.keys():
+        raise _CannotBatch(f"sites differ: {sorted(found.keys() ^ exact.keys())}")
+    for key, right in exact.items():
+        value = found[key]
+        if value.shape != right.shape or value.dtype != right.dtype:
+            raise _CannotBatch(f"{key} has shape {tuple(value.shape)} where {tuple(right.shape)} is right")
+        same = (value == right) | (value.isnan() & right.isnan())
+        if right.dtype.is_floating_point and right.numel():
+            tolerance, floor = (1e-7, 1e-10) if right.dtype == torch.float64 else (1e-3, 1e-6)
+            # Rounding follows the usual size of an element, which other rows show where it crosses zero.
+            size = right.abs().nan_to_num(0.0, 0.0, 0.0)
+            usual, largest = size.median(0, keepdim=True).values, size.amax(0, keepdim=True)
+            same |= (value - right).abs() <= tolerance * (size + usual) + floor * largest
+        if not bool(same.all()):
+            raise _CannotBatch(f"{key} differs between the batch and single draws")
 
 
 def replay(
@@ -273,21 +272,20 @@ def replay(
     job = _Job(call, redraw, wanted, log_likelihood, joint)
     with quietly(seed), torch.no_grad():
         start_at = {name: value[0] for name, value in given.items()}
-        first = job.sites(start_at, job.trace(start_at))
+        first = _read(job.trace(start_at))
         given = {n: v for n, v in given.items() if n in first and first[n].kind == "latent"}
         # A flow's own density needs no check: its base is fixed, nothing upstream can be mixed up.
         check = {s.name for s in first.values() if s.random and s.name not in given and s.base_shape is None}
         reading = _Job(call, redraw, lambda s: wanted(s) or s.name in check, log_likelihood, joint)
         per_draw = sum(s.value.numel() + math.prod(s.batch_shape) for s in first.values())
         size = batch_size or max(1, min(_MAX_BATCH, _MAX_ELEMENTS // max(per_draw, 1)))
-        methods = list(_METHODS)
         used: list[str] = []
         arrays: dict[Key, np.ndarray] = {}
         with tqdm(total=count, desc=label, disable=not progress, delay=2.0, leave=False) as bar:
             for start in range(0, count, size):
                 stop = min(start + size, count)
                 part = {name: value[start:stop] for name, value in given.items()}
-                found = _batch(reading, part, stop - start, first, check, methods, bar, used)
+                found = _batch(reading, part, stop - start, first, check, bar, used)
                 for key, value in found.items():
                     what, name = key
                     if what == "log_prob" and first[name].kind != "observed":
@@ -306,23 +304,19 @@ def _batch(
     count: int,
     sites: dict[str, Site],
     check: set[str],
-    methods: list[str],
     bar: tqdm,
     used: list[str],
 ) -> Outputs:
-    """One batch by the first method that can be trusted; methods that fail are dropped from the list for
-    good."""
-    while methods and count > 1:
+    """One batch, at once if that can be trusted; after the first failure in a loop."""
+    if count > 1 and "loop" not in used:
         try:
-            found = _METHODS[methods[0]](job, given, count, sites, check)
-            if _agrees(found, job, given, sites, check):
-                used.append(methods[0])
-                bar.update(count)
-                return found
+            method, found = _at_once(job, given, count, sites, check)
         except Exception:
-            # Whatever a batch cannot do, the loop can, or it raises the model's own error.
-            pass
-        methods.pop(0)
+            pass  # Whatever a batch cannot do, the loop can, or it raises the model's own error.
+        else:
+            used.append(method)
+            bar.update(count)
+            return found
     singles = []
     for i in range(count):
         singles.append(job.outputs({name: value[i] for name, value in given.items()}, sites))
@@ -344,6 +338,6 @@ def describe(
     job = _Job(call, False, lambda site: False, False, False)
     with quietly(seed), torch.no_grad():
         nodes = job.trace(given or {})
-        sites = job.sites(given or {}, nodes)
+        sites = _read(nodes)
     plates = {name: node["fn"] for name, node in nodes.items() if site_is_subsample(node)}
     return sites, {n for n, f in plates.items() if f.subsample_size is not None and f.subsample_size < f.size}

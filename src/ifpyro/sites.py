@@ -1,4 +1,5 @@
-"""What the statements of a Pyro model are: latent, observed, computed or a factor; their shapes, plates, flows.
+"""What the statements of a Pyro model are: latent, observed, computed or a factor; their shapes, plates,
+flows.
 
 Everything here looks at one run of a model at one draw.
 """
@@ -23,9 +24,9 @@ Kind = Literal["latent", "observed", "deterministic", "factor"]
 class Site:
     """One named statement of a model, as it looks at one draw.
 
-    ``batch_shape`` is that of the log-density, ``depth`` the number of batch dimensions with those of the plates
-    around it; ``plates`` names axes of the value, ``base_shape`` is that of a flow's latent. An ``auxiliary`` site
-    belongs to a guide alone.
+    ``batch_shape`` is that of the log-density, ``depth`` the number of batch dimensions with those of the
+    plates around it; ``plates`` names axes of the value, ``base_shape`` is that of a flow's latent. An
+    ``auxiliary`` site belongs to a guide alone.
     """
 
     name: str
