@@ -6,8 +6,9 @@ The latent sites of a model, unconstrained and laid end to end, form one vector 
     log_likelihood(q) = sum over observed sites and factors of  scale * log p(obs | values)
 
 Masks and scales on *latent* sites change the likelihood term, so that the prior term remains the density that
-prior draws follow; the sum is Pyro's log-density. Three ways to evaluate many draws, in order of speed: under an
-outermost *plate*, by *vmap* of the single-draw density, or in a *loop*. Each is verified before it is used.
+prior draws follow; the sum is Pyro's log-density. Three ways to evaluate many draws, in order of speed: under
+an outermost *plate*, by *vmap* of the single-draw density, or in a *loop*. Each is verified before it is
+used.
 """
 
 import warnings
@@ -33,8 +34,9 @@ _SUBJECTS: dict[_What, str] = {"density": "log-density", "values": "site values"
 class BatchedModel:
     """A Pyro model seen as ``log p(q, data) = log_prior(q) + log_likelihood(q)`` for many draws at once.
 
-    Implements `ifpyro.infer.density.BatchedDensity`. Flow-prior sites are reparameterised; ``pyro.param`` values are
-    held fixed; the global random state, the parameter store and Pyro's handler stack are left as they were.
+    Implements `ifpyro.infer.density.BatchedDensity`. Flow-prior sites are reparameterised; ``pyro.param``
+    values are held fixed; the global random state, the parameter store and Pyro's handler stack are left as
+    they were.
 
     Args:
         model: any Pyro model with continuous latent sites.
@@ -47,8 +49,9 @@ class BatchedModel:
 
     Raises:
         TypeError: if the model cannot be called with these arguments.
-        ValueError: if the model has no latent sites, discrete latents, a random subsample, randomness outside its
-            sites, an impossible or NaN likelihood at every probe, or if the batching asked for is wrong for it.
+        ValueError: if the model has no latent sites, discrete latents, a random subsample, randomness outside
+            its sites, an impossible or NaN likelihood at every probe, or if the batching asked for is wrong
+            for it.
 
     Attributes:
         dim: length of ``q``.
@@ -114,10 +117,10 @@ class BatchedModel:
         """How many prior draws are made (unless the prior is N(0, I), which needs no model)."""
         return self._ways["prior"]
 
-    # -- what engines use -------------------------------------------------------------------------------------
+    # -- what engines use -------------------------------------------------------------------------------
 
     def __call__(self, q: Tensor) -> Totals:
-        """``(log_prior, log_likelihood)``, each ``(n,)``, for ``q`` of shape ``(n, dim)``; differentiable in ``q``.
+        """Differentiable ``(log_prior, log_likelihood)``, each ``(n,)``, for ``q`` of shape ``(n, dim)``.
 
         A draw at which a matrix decomposition in the model fails has log-likelihood ``-inf``.
 
@@ -127,11 +130,12 @@ class BatchedModel:
         n = self._check(q)
         with self._runner.quiet():
             if self._batch_size is not None and n > self._batch_size:
-                return InChunks.apply(q, self._totals, self._batch_size)  # type: ignore[no-any-return,no-untyped-call]
+                totals: Totals = InChunks.apply(q, self._totals, self._batch_size)
+                return totals
             return self._totals(q)
 
     def sample_prior(self, num: int, generator: torch.Generator) -> Tensor:
-        """Exact draws from the prior of ``q``, shape ``(num, dim)``; all randomness comes from ``generator``."""
+        """Exact draws from the prior of ``q``, shape ``(num, dim)``, from ``generator`` alone."""
         if isinstance(num, bool) or num != int(num) or num < 1:
             raise ValueError(f"sample_prior expects a positive number of draws, got {num!r}")
         if self.gaussian_prior:
@@ -140,14 +144,14 @@ class BatchedModel:
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         like = torch.empty(0, device=self.device)
         with seeded(seed, self.device), self._runner.quiet(), torch.no_grad():
-            if num not in self._trusted["prior"]:
-                self._verify_size("prior", num)
-            size = self._batch_size or num
+            size = min(self._batch_size or num, num)
+            if size not in self._trusted["prior"]:
+                self._verify_size("prior", size, like)
             counts = [min(size, num - start) for start in range(0, num, size)]
             return torch.cat([self._runner.draw(self.prior_batching, n, like) for n in counts])
 
     def sites(self, q: Tensor) -> dict[str, Tensor]:
-        """Every latent and deterministic site in the user's space: name to ``(n, *shape)``, without gradients."""
+        """Every latent and deterministic site in the user's space, name to ``(n, *shape)``, detached."""
         n = self._check(q)
         with self._runner.quiet(), torch.no_grad():
             parts = [self._values(chunk) for chunk in q.detach().split(self._batch_size or n)]
@@ -157,8 +161,8 @@ class BatchedModel:
         """The ``q`` of given latent values, the inverse of `sites`.
 
         Args:
-            values: every latent site, constrained, ``(n, *shape)``. A flow-prior site ``x`` may be given instead of
-                its latent ``x_base``; the flow encodes it.
+            values: every latent site, constrained, ``(n, *shape)``. A flow-prior site ``x`` may be given
+                instead of its latent ``x_base``; the flow encodes it.
 
         Returns:
             ``q`` of shape ``(n, dim)``.
@@ -180,7 +184,8 @@ class BatchedModel:
         layout = self._layout
         prior = "N(0, I), drawn directly" if self.gaussian_prior else self.prior_batching
         lines = [
-            f"{self.dim} unconstrained dimensions in {len(layout.latents)} latent sites, {self.dtype}, {self.device}",
+            f"{self.dim} unconstrained dimensions in {len(layout.latents)} latent sites, {self.dtype}, "
+            f"{self.device}",
             f"log-density: {self.batching}; site values: {self.site_batching}; prior draws: {prior}",
         ]
         for name, site in layout.latents.items():
@@ -190,7 +195,7 @@ class BatchedModel:
             lines.append(f"  {name}: {tuple(layout.shapes[name])}, q[{site.start}:{site.stop}]{note}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])
 
-    # -- how they are computed ----------------------------------------------------------------------------------
+    # -- how they are computed --------------------------------------------------------------------------
 
     def _totals(self, q: Tensor) -> Totals:
         if len(q) not in self._trusted["density"]:
@@ -217,14 +222,15 @@ class BatchedModel:
                 return batching
             if asked == batching:
                 raise ValueError(
-                    f"batching={batching!r} is wrong for this model: {reason}. Leave batching=None to let it be chosen."
+                    f"batching={batching!r} is wrong for this model: {reason}. Leave batching=None to let "
+                    "it be chosen."
                 )
             if what == "density" or (what == "values" and batching == self.batching):  # say it once
                 self._note(f"cannot batch the {_SUBJECTS[what]} by {batching}: {reason}")
         raise AssertionError("unreachable: the loop is always right")
 
-    def _verify_size(self, what: _What, n: int, q: Tensor | None = None) -> None:
-        """Check a batch size met for the first time against single draws: it may coincide with a size of the model."""
+    def _verify_size(self, what: _What, n: int, q: Tensor) -> None:
+        """Check a batch size met for the first time against single draws: it may be a size of the model."""
         self._trusted[what].add(n)
         if self._ways[what] != "plate" or n < 2:
             return
@@ -265,14 +271,15 @@ class BatchedModel:
             )
         if needed != set(given):
             raise ValueError(
-                f"expected values for the latent sites {sorted(self._layout.latents)} and no others, got {sorted(given)}: "
-                f"missing {sorted(needed - set(given))}, not needed {sorted(set(given) - needed)}"
+                f"expected values for the latent sites {sorted(self._layout.latents)} and no others, got "
+                f"{sorted(given)}: missing {sorted(needed - set(given))}, not needed "
+                f"{sorted(set(given) - needed)}"
             )
         n = max((len(value) for value in given.values() if value.dim()), default=0)
         for name, value in given.items():
             if n < 1 or value.shape != (n, *shapes[name]):
                 raise ValueError(
-                    f"initial values of {name!r}: expected shape {('n', *shapes[name])} with the same n for all sites, "
-                    f"got {tuple(value.shape)}"
+                    f"initial values of {name!r}: expected shape {('n', *shapes[name])} with the same n "
+                    f"for all sites, got {tuple(value.shape)}"
                 )
         return n

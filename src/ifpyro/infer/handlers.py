@@ -1,7 +1,7 @@
 """Pyro handlers that read unconstrained vectors into a model and add up its log-density, row by row.
 
-One model execution serves either a single draw (``rows=None``) or ``n`` draws stacked along one batch dimension to the
-left of everything the model itself uses,
+One model execution serves either a single draw (``rows=None``) or ``n`` draws stacked along one batch
+dimension to the left of everything the model itself uses,
 
     value of a latent site:   (n, 1, ..., 1, *batch_shape, *event_shape)
     log-probability:          (n, 1, ..., 1, *batch_shape)   ->   summed over everything but the first: (n,)
@@ -31,8 +31,8 @@ from ifpyro.infer.layout import (
 class Evaluate(Messenger):
     """Give every latent site its value and record log-prior, log-likelihood and values by site.
 
-    ``rows=None`` runs one draw (entries of the results are scalars); otherwise ``rows=n`` draws in one run (entries are
-    ``(n,)``, or broadcast to it). Subclasses say where the latent values come from.
+    ``rows=None`` runs one draw (entries of the results are scalars); otherwise ``rows=n`` draws in one run
+    (entries are ``(n,)``, or broadcast to it). Subclasses say where the latent values come from.
     """
 
     def __init__(self, layout: Layout, rows: int | None = None, *, score: bool = True):
@@ -48,10 +48,10 @@ class Evaluate(Messenger):
         """The site's value and its unconstrained counterpart (None where no Jacobian is needed)."""
         raise NotImplementedError
 
-    # -- Pyro's side ---------------------------------------------------------------------------------------------------
+    # -- Pyro's side ------------------------------------------------------------------------------------
 
     def _pyro_param(self, msg: Any) -> None:
-        # A parameter is a constant here: read from the store, or from its initial value without entering the store.
+        # A parameter is a constant here, from the store or from its initial value, which is not stored.
         name = msg["name"]
         if name not in self.layout.params:
             self.layout.params[name] = _param_value(msg)
@@ -76,7 +76,7 @@ class Evaluate(Messenger):
         name = msg["name"]
         site = self.layout.latents.get(name)
         if site is None or name in self.values:
-            raise BatchingError(f"latent site {name!r} appears for some latent values only, or twice", name)
+            raise BatchingError(f"latent site {name!r} appears only for some latent values, or twice", name)
         fn, own_mask = split_mask(msg["fn"])
         value, unconstrained = self.latent_value(msg, site, fn)
         msg["value"] = value
@@ -92,8 +92,8 @@ class Evaluate(Messenger):
                 jacobian = jacobian.flatten(-extra).sum(-1)
             prior = prior + self.sum_rows(jacobian, name)
         self.log_prior[name] = prior
-        # The prior term stays the proper density that prior draws follow; what scales and masks change goes with the
-        # likelihood, so that the sum is Pyro's density and tempering starts from something that can be sampled.
+        # The prior term stays the proper density that prior draws follow; what scales and masks change goes
+        # with the likelihood, so that the sum is Pyro's density and tempering starts from what can be sampled.
         mask = _both(msg["mask"], own_mask)
         if name in self.layout.unmasked:
             mask = None
@@ -105,13 +105,13 @@ class Evaluate(Messenger):
         name, fn, value = msg["name"], msg["fn"], msg["value"]
         log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
         if name in self.layout.guarded:
-            # With bounds that move with the latents, many distributions return finite nonsense outside their support.
+            # With bounds that move with the latents, many distributions return finite nonsense outside them.
             inside = fn.support.check(value)
             log_prob = torch.where(inside, log_prob, log_prob.new_full((), -torch.inf))
         log_prob = scale_and_mask(log_prob, msg["scale"], msg["mask"])
         self.log_likelihood[name] = self.sum_rows(log_prob, name)
 
-    # -- arithmetic ----------------------------------------------------------------------------------------------------
+    # -- arithmetic -------------------------------------------------------------------------------------
 
     def sum_rows(self, terms: Tensor, name: str) -> Tensor:
         """Sum over everything but the batch of draws."""
@@ -119,8 +119,9 @@ class Evaluate(Messenger):
             return terms.sum()
         if terms.dim() > self.layout.depth + 1 or terms.shape[0] not in (1, self.rows):
             raise BatchingError(
-                f"the log-probability of site {name!r} has shape {tuple(terms.shape)} for {self.rows} draws; expected "
-                f"{self.rows} rows and at most {self.layout.depth} dimensions to the right of them",
+                f"the log-probability of site {name!r} has shape {tuple(terms.shape)} for {self.rows} "
+                f"draws; expected {self.rows} rows and at most {self.layout.depth} dimensions to the right "
+                "of them",
                 name,
             )
         return terms.flatten(1).sum(-1) if terms.dim() > 1 else terms
@@ -135,7 +136,7 @@ class Evaluate(Messenger):
         return site.transform if site.transform is not None else biject_to(fn.support)
 
     def totals(self) -> tuple[Tensor, Tensor]:
-        """``(log_prior, log_likelihood)`` over all sites, each of shape ``(rows,)`` or a scalar for one draw."""
+        """``(log_prior, log_likelihood)`` over all sites, each ``(rows,)``, or a scalar for one draw."""
         if len(self.log_prior) != len(self.layout.latents):
             missing = sorted(set(self.layout.latents) - set(self.log_prior))
             raise BatchingError(f"latent sites {missing} appear for some latent values only", missing[0])
@@ -156,6 +157,7 @@ class FromVector(Evaluate):
         self.q = q
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        """The site's slice of ``q``, constrained."""
         u = self.q[..., site.start : site.stop]
         u = u.reshape(self.batch_shape(site) + site.unconstrained_event_shape).to(site.dtype)
         return (u, None) if site.is_real else (self._transform(site, fn)(u), u)
@@ -165,6 +167,7 @@ class FromPrior(Evaluate):
     """Latent values drawn from their priors, in the model's order, from the current random state."""
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        """A draw, and what it is in ``q``."""
         with torch.no_grad():
             value = self.draw(msg, site, fn)
             u = value if site.is_real else self._transform(site, fn).inv(value)
@@ -195,6 +198,7 @@ class FromValues(FromPrior):
         self.given = values
 
     def draw(self, msg: Any, site: LatentSite, fn: Any) -> Tensor:
+        """The given value."""
         if msg["value"] is not None:  # inverted from the value of a reparameterised site
             return msg["value"].to(site.dtype)
         shape = self.batch_shape(site) + site.event_shape

@@ -22,8 +22,8 @@ class BatchingError(RuntimeError):
 class LatentSite:
     """Where a latent site lives in ``q`` and how its part of ``q`` becomes its value.
 
-    ``transform`` maps unconstrained to constrained values; None means that the support is not known in advance (its
-    bounds are tensors, which may depend on other latents) and is looked up in every run.
+    ``transform`` maps unconstrained to constrained values; None means that the support is not known in
+    advance (its bounds are tensors, which may depend on other latents) and is looked up in every run.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Layout:
 
 
 def is_deterministic(msg: Any) -> bool:
-    """Whether a sample message carries a computed value and no density (``pyro.deterministic``, reparameterised)."""
+    """Whether a message carries a computed value and no density (``pyro.deterministic``, reparameterised)."""
     fn = msg["fn"]
     return (
         msg["is_observed"]

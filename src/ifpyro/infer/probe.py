@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from ifpyro.infer.handlers import Evaluate, FromPrior, FromVector
+from ifpyro.infer.handlers import Evaluate, FromPrior
 from ifpyro.infer.layout import BatchingError, Layout
 from ifpyro.infer.runner import Runner, gradient
 from ifpyro.infer.scan import check_reproducible, has_gaussian_prior, irrelevant_masked_sites
@@ -46,8 +46,8 @@ class Probes:
 def collect_probes(runner: Runner) -> Probes:
     """Draw probe points; raise if the model cannot be sampled from at any of them.
 
-    Draws come from the current random state. Latent sites whose masks turn out to matter to nothing are noted in the
-    layout.
+    Draws come from the current random state. Latent sites whose masks turn out to matter to nothing are noted
+    in the layout.
     """
     layout = runner.layout
     first = _prior_draw(runner)
@@ -85,13 +85,15 @@ def _prior_draw(runner: Runner) -> FromPrior:
             run.totals()
     except BatchingError as error:
         raise ValueError(
-            f"the sites of the model change from run to run: {error}. Every run must visit the same latent sites."
+            f"the sites of the model change from run to run: {error}. Every run must visit the same latent "
+            "sites."
         ) from None
     for name, value in run.values.items():
         if name not in shapes or value.shape != shapes[name]:
             before = tuple(shapes[name]) if name in shapes else "absent"
             raise ValueError(
-                f"the sites of the model change from run to run: {name!r} was {before}, now {tuple(value.shape)}"
+                f"the sites of the model change from run to run: {name!r} was {before}, now "
+                f"{tuple(value.shape)}"
             )
     return run
 
@@ -128,7 +130,8 @@ def _finite_points(runner: Runner, first: FromPrior, num: int) -> Tensor:
         tries += 1
         if tries > 2 * _MAX_DRAWS:
             raise ValueError(
-                "the log-density is finite at isolated points only; check the likelihood's support and its parameters"
+                "the log-density is finite at isolated points only; check the likelihood's support and its "
+                "parameters"
             )
     return torch.stack(points)
 
@@ -143,13 +146,13 @@ def _explain(always: dict[str, set[str]], tries: int) -> NoReturn:
     where = f"at every one of {tries} draws from the prior"
     if always["nan"]:
         raise ValueError(
-            f"the log-probability of site {min(always['nan'])!r} is NaN {where}: check the likelihood for 0/0, logarithms "
-            "of negative numbers and invalid parameters, and the data for NaN"
+            f"the log-probability of site {min(always['nan'])!r} is NaN {where}: check the likelihood for "
+            "0/0, logarithms of negative numbers and invalid parameters, and the data for NaN"
         )
     if always["-inf"]:
         raise ValueError(
-            f"the observation is impossible: the log-probability of site {min(always['-inf'])!r} is -inf {where}. Check "
-            "that the data lie in the support of the likelihood, or widen the likelihood."
+            f"the observation is impossible: the log-probability of site {min(always['-inf'])!r} is -inf "
+            f"{where}. Check that the data lie in the support of the likelihood, or widen the likelihood."
         )
     raise ValueError(f"the log-density is not finite {where}")
 
@@ -158,9 +161,9 @@ def _require_finite_gradients(total: Tensor, layout: Layout) -> None:
     for name, site in layout.latents.items():
         if bool((~torch.isfinite(total[:, site.start : site.stop])).any(-1).all()):
             raise ValueError(
-                f"the gradient with respect to site {name!r} is not finite at any of {len(total)} probes although the "
-                "density is. A torch.where or mask does not keep a NaN or infinity out of the gradient: replace such "
-                "values before they enter the density."
+                f"the gradient with respect to site {name!r} is not finite at any of {len(total)} probes "
+                "although the density is. A torch.where or mask does not keep a NaN or infinity out of the "
+                "gradient: replace such values before they enter the density."
             )
 
 

@@ -1,8 +1,8 @@
 """Flow-prior sites seen from their Gaussian latent.
 
-A site ``x ~ T(z), z ~ N(0, I)`` whose transform ``T`` is a flow becomes two sites: the latent ``x_base ~ N(0, I)``, which
-inference moves, and ``x = T(x_base)``, which the user reads. The joint density is unchanged in distribution and no
-log-determinant is ever computed.
+A site ``x ~ T(z), z ~ N(0, I)`` whose transform ``T`` is a flow becomes two sites: the latent ``x_base ~ N(0,
+I)``, which inference moves, and ``x = T(x_base)``, which the user reads. The joint density is unchanged in
+distribution and no log-determinant is ever computed.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,9 +32,10 @@ def reparam(model: Callable[..., Any]) -> Callable[..., Any]:
 
         x_base ~ N(0, I),    x = T(x_base)
 
-    ``x`` keeps its name, shape and place in plates and is recorded as a deterministic site; ``x_base`` has shape
-    ``(*batch, latent_dim)``. Observed sites and transformed distributions without a flow are left alone. Use it to give a
-    model with flow priors to Pyro's own SVI, autoguides or NUTS; ``ifpyro.MCMC`` and ``ifpyro.SMC`` apply it themselves.
+    ``x`` keeps its name, shape and place in plates and is recorded as a deterministic site; ``x_base`` has
+    shape ``(*batch, latent_dim)``. Observed sites and transformed distributions without a flow are left
+    alone. Use it to give a model with flow priors to Pyro's own SVI, autoguides or NUTS; ``ifpyro.MCMC`` and
+    ``ifpyro.SMC`` apply it themselves.
 
     Args:
         model: any Pyro model.

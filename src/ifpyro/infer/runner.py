@@ -56,12 +56,12 @@ class Runner:
 
     def single(self, row: Tensor) -> Evaluate:
         """All terms of one draw, ``(dim,)``."""
-        return self.run(FromVector(self.layout, row))  # type: ignore[no-any-return]
+        return self.run(FromVector(self.layout, row))
 
     def terms(self, batching: Batching, q: Tensor) -> Evaluate:
         """All terms of all draws, site by site; ``batching`` is plate or vmap."""
         if batching == "plate":
-            return self.run(FromVector(self.layout, q, len(q)))  # type: ignore[no-any-return]
+            return self.run(FromVector(self.layout, q, len(q)))
 
         def one(row: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
             run = self.single(row)
@@ -72,7 +72,7 @@ class Runner:
         return result
 
     def totals(self, batching: Batching, q: Tensor) -> Totals:
-        """``(log_prior, log_likelihood)``, each ``(n,)``; ``-inf`` likelihood where a matrix decomposition fails."""
+        """``(log_prior, log_likelihood)``, each ``(n,)``; -inf likelihood where a decomposition fails."""
         try:
             if len(q) > 1 and batching == "plate":
                 return self.terms("plate", q).totals()
@@ -95,7 +95,7 @@ class Runner:
         """Every latent and deterministic site, ``(n, *shape)``."""
 
         def one(row: Tensor) -> dict[str, Tensor]:
-            return self.run(FromVector(self.layout, row, score=False)).values  # type: ignore[no-any-return]
+            return self.run(FromVector(self.layout, row, score=False)).values
 
         if batching == "plate" and len(q) > 1:
             run = self.run(FromVector(self.layout, q, len(q), score=False))
@@ -108,10 +108,10 @@ class Runner:
     def draw(self, batching: Batching, n: int, like: Tensor) -> Tensor:
         """Prior draws ``(n, dim)`` from the current random state, on the device of ``like``."""
         if batching == "plate":
-            return self.run(FromPrior(self.layout, n)).vector()  # type: ignore[no-any-return]
+            return self.run(FromPrior(self.layout, n)).vector()
 
         def one(_: Tensor) -> Tensor:
-            return self.run(FromPrior(self.layout)).vector()  # type: ignore[no-any-return]
+            return self.run(FromPrior(self.layout)).vector()
 
         blanks = like.new_zeros(n)
         if batching == "vmap":
@@ -121,7 +121,7 @@ class Runner:
     def invert(self, batching: Batching, values: dict[str, Tensor], n: int) -> Tensor:
         """The ``q``, ``(n, dim)``, of constrained latent values ``(n, *shape)``."""
         if batching == "plate" and n > 1:
-            return self.run(FromValues(self.layout, values, n)).vector()  # type: ignore[no-any-return]
+            return self.run(FromValues(self.layout, values, n)).vector()
         rows = [{name: value[i] for name, value in values.items()} for i in range(n)]
         return torch.stack([self.run(FromValues(self.layout, row)).vector() for row in rows])
 
@@ -141,7 +141,8 @@ class Runner:
             or any(s != 1 for s in middle)
         ):
             raise BatchingError(
-                f"site {name!r} has shape {tuple(value.shape)} for {n} draws; for one draw it has {tuple(shape)}",
+                f"site {name!r} has shape {tuple(value.shape)} for {n} draws; for one draw it has "
+                f"{tuple(shape)}",
                 name,
             )
         return value.reshape(value.shape[0], *shape).expand(n, *shape)

@@ -1,6 +1,7 @@
 """The first look at a model: which sites it has, and what makes it unfit for sampling.
 
-Everything a user can get wrong is said here, once and in full, so that the evaluation of the density can be lean.
+Everything a user can get wrong is said here, once and in full, so that the evaluation of the density can be
+lean.
 """
 
 import inspect
@@ -68,8 +69,8 @@ class Scan(Evaluate):
         size, subsample = fn.size, fn.subsample_size
         if msg["value"] is None and subsample is not None and subsample < size:
             raise ValueError(
-                f"plate {msg['name']!r} draws a random subsample of {subsample} of {size}; MCMC and SMC need the full "
-                "likelihood. Drop subsample_size, or pass a fixed `subsample=` of indices."
+                f"plate {msg['name']!r} draws a random subsample of {subsample} of {size}; MCMC and SMC "
+                "need the full likelihood. Drop subsample_size, or pass a fixed `subsample=` of indices."
             )
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -89,9 +90,10 @@ class Scan(Evaluate):
         support = _support(fn, name)
         if getattr(support, "is_discrete", False):
             raise ValueError(
-                f"latent site {name!r} is discrete ({_kind(fn)}); only continuous latents can be moved by HMC, SMC or "
-                "elliptical slice sampling, and enumeration is not supported. Sum it out by hand, for example with "
-                "pyro.distributions.MixtureSameFamily or a pyro.factor of its logsumexp."
+                f"latent site {name!r} is discrete ({_kind(fn)}); only continuous latents can be moved by "
+                "HMC, SMC or elliptical slice sampling, and enumeration is not supported. Sum it out by "
+                "hand, for example with pyro.distributions.MixtureSameFamily or a pyro.factor of its "
+                "logsumexp."
             )
         if isinstance(fn, Delta):
             raise ValueError(
@@ -101,8 +103,8 @@ class Scan(Evaluate):
             transform = biject_to(support)
         except NotImplementedError:
             raise ValueError(
-                f"latent site {name!r} ({_kind(fn)}) has support {support}, for which there is no bijection from the "
-                "real numbers; rewrite the site with a transform of an unconstrained one"
+                f"latent site {name!r} ({_kind(fn)}) has support {support}, for which there is no "
+                "bijection from the real numbers; rewrite the site with a transform of an unconstrained one"
             ) from None
         shape = fn.batch_shape + fn.event_shape
         free = transform.inverse_shape(shape)
@@ -132,8 +134,8 @@ class Scan(Evaluate):
             )
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ValueError(
-                f"observed site {name!r} contains NaN. A mask does not keep NaN out of the gradient: put any valid "
-                "number in place of missing observations and mask them, or leave them out."
+                f"observed site {name!r} contains NaN. A mask does not keep NaN out of the gradient: put "
+                "any valid number in place of missing observations and mask them, or leave them out."
             )
         fn, own_mask = split_mask(fn)
         try:
@@ -149,8 +151,8 @@ class Scan(Evaluate):
                 inside = inside | ~torch.as_tensor(mask)
         if not bool(inside.all()):
             raise ValueError(
-                f"observed site {name!r} is impossible: its value lies outside the support ({support}) of {_kind(fn)}. "
-                "Check the data and the likelihood."
+                f"observed site {name!r} is impossible: its value lies outside the support ({support}) of "
+                f"{_kind(fn)}. Check the data and the likelihood."
             )
 
     def _observed(self, msg: Any) -> None:
@@ -163,6 +165,7 @@ class Scan(Evaluate):
             self.log_likelihood[msg["name"]] = torch.tensor(-torch.inf)
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        """A prior draw."""
         with torch.no_grad():
             value: Tensor = fn.sample()
         if not self.values:
@@ -182,8 +185,8 @@ def scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scan:
         model(*args, **kwargs)
     if not found.layout.latents:
         raise ValueError(
-            "the model has no latent sites: every pyro.sample in it is observed or deterministic. There is nothing to "
-            "infer; give at least one site without obs."
+            "the model has no latent sites: every pyro.sample in it is observed or deterministic. There is "
+            "nothing to infer; give at least one site without obs."
         )
     return found
 
@@ -199,9 +202,9 @@ def check_reproducible(runner: Runner, q: Tensor) -> None:
         same = name in first and name in second
         if not (same and torch.allclose(first[name], second[name], rtol=1e-5, atol=1e-6, equal_nan=True)):
             raise ValueError(
-                f"the model is not reproducible: site {name!r} has a different log-probability in two runs on the same "
-                "latent values. Randomness inside the model (torch.randn, dropout, random minibatches) must be a "
-                "pyro.sample site, or be drawn once outside the model."
+                f"the model is not reproducible: site {name!r} has a different log-probability in two runs "
+                "on the same latent values. Randomness inside the model (torch.randn, dropout, random "
+                "minibatches) must be a pyro.sample site, or be drawn once outside the model."
             )
 
 
@@ -213,6 +216,7 @@ class MaskProbe(FromVector):
         self.masks: dict[str, Tensor] = {}
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        """As usual, after noting the mask."""
         for mask in (split_mask(msg["fn"])[1], msg["mask"]):
             if mask is not None and mask is not True:
                 mask = torch.as_tensor(mask, device=self.q.device).expand(site.batch_shape)
@@ -223,9 +227,10 @@ class MaskProbe(FromVector):
 def irrelevant_masked_sites(runner: Runner, points: Tensor) -> set[str]:
     """Masked latent sites whose masked-out entries matter to nothing else in the model.
 
-    A masked-out latent entry has no prior. If nothing else depends on it either (padding, or the observed part of an
-    ``obs_mask`` site), its posterior would be flat and improper: such entries keep their prior instead, which leaves every
-    other marginal as it is. Decided by gradients: those of all other sites' terms must be exactly zero there.
+    A masked-out latent entry has no prior. If nothing else depends on it either (padding, or the observed
+    part of an ``obs_mask`` site), its posterior would be flat and improper: such entries keep their prior
+    instead, which leaves every other marginal as it is. Decided by gradients: those of all other sites' terms
+    must be exactly zero there.
     """
     verdicts: dict[str, bool] = {}
     masks: dict[str, Tensor] = {}
@@ -262,6 +267,7 @@ class GaussianPrior(FromVector):
         self.standard: dict[str, bool] = {}
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
+        """As usual, after looking at the prior."""
         self.standard[site.name] = standard_normal(fn, site)
         return super().latent_value(msg, site, fn)
 

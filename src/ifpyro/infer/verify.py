@@ -1,8 +1,8 @@
-"""Whether a batched density may be trusted: comparison with the single-draw density, site by site, row by row.
+"""Whether a batched density may be trusted: compared with the single-draw density, site by site, row by row.
 
-A batched evaluation of ``n`` draws is right if row ``i`` is the single-draw result of ``q_i`` and depends on nothing
-else. Checked at two different ``n``, neither of which is 1 nor a size that occurs in the model (a coincidence of
-sizes lets misaligned shapes broadcast), for
+A batched evaluation of ``n`` draws is right if row ``i`` is the single-draw result of ``q_i`` and depends on
+nothing else. Checked at two different ``n``, neither of which is 1 nor a size that occurs in the model (a
+coincidence of sizes lets misaligned shapes broadcast), for
 
 * the value of every site and the log-probability of every site, row by row;
 * gradients of both terms, with a different weight for every row;
@@ -49,7 +49,7 @@ class Verifier:
         self.branches = branches_on_latents(runner, probes.q[:2])
 
     def objection(self, what: str, batching: Batching, size: int | None = None) -> str | None:
-        """Why a way of batching is wrong for this model's density, values or prior draws, or None if it is right."""
+        """Why a way of batching is wrong for density, values or prior draws, or None if it is right."""
         if self.branches:
             return "the model branches on latent values (if, while, .item() or bool() of a tensor)"
         try:
@@ -68,7 +68,7 @@ class Verifier:
         return None
 
     def check_some_values(self, batching: Batching, q: Tensor) -> None:
-        """Raise `BatchingError` unless the sites of the first, middle and last row equal those of single draws."""
+        """Raise `BatchingError` unless first, middle and last row equal single draws."""
         rows = _some_rows(len(q))
         values = self.runner.values(batching, q)
         check_values(
@@ -98,8 +98,8 @@ class Verifier:
 def branches_on_latents(runner: Runner, q: Tensor) -> bool:
     """Whether any Python control flow of the model depends on latent values.
 
-    Such a model may agree with its single-draw density on every probe and still be wrong elsewhere, when rows of one
-    batch would take different branches.
+    Such a model may agree with its single-draw density on every probe and still be wrong elsewhere, when rows
+    of one batch would take different branches.
     """
     single = runner.single
 
@@ -118,7 +118,7 @@ def branches_on_latents(runner: Runner, q: Tensor) -> bool:
         pass
     try:
         with torch.no_grad():
-            single(q[0].as_subclass(_Watched))  # type: ignore[arg-type]
+            single(q[0].as_subclass(_Watched))
         return False
     except BranchError:
         return True
@@ -164,7 +164,7 @@ def check_density(runner: Runner, batching: Batching, probes: Probes) -> None:
 
 
 def check_values(values: dict[str, Tensor], singles: list[Evaluate]) -> None:
-    """Raise `BatchingError`, naming the site, unless batched site values ``(n, *shape)`` equal single draws'."""
+    """Raise `BatchingError`, naming the site, unless batched values ``(n, *shape)`` equal single draws'."""
     for name, expected in singles[0].values.items():
         stacked = torch.stack([single.values[name].detach() for single in singles])
         if name not in values:
@@ -174,7 +174,7 @@ def check_values(values: dict[str, Tensor], singles: list[Evaluate]) -> None:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """Relative: rounding differs between batch sizes, and an ODE inside amplifies it; a leak is of order one."""
+    """Relative: rounding differs between batch sizes and an ODE amplifies it; a leak is of order one."""
     return float(torch.finfo(dtype).eps) ** 0.5 if dtype.is_floating_point else 0.0
 
 
@@ -196,9 +196,8 @@ def _agree(value: Tensor, expected: Tensor) -> bool:
     return bool((close | (value == expected) | (torch.isnan(value) & torch.isnan(expected))).all())
 
 
-def same_rows(runner: Runner, q: Tensor | None) -> bool:
+def same_rows(runner: Runner, q: Tensor) -> bool:
     """Whether the first, middle and last row of the density under a plate equal those of single draws."""
-    assert q is not None
     q = q.detach()
     rows = _some_rows(len(q))
     batched = runner.totals("plate", q)
