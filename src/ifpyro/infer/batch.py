@@ -19,11 +19,12 @@ import pyro
 import torch
 from torch import Tensor
 
-from ifpyro.infer.layout import BatchingError
+from ifpyro.infer.layout import BatchingError, ModelError
 from ifpyro.infer.probe import collect_probes
+from ifpyro.infer.randomness import seeded
 from ifpyro.infer.reparam import reparam
 from ifpyro.infer.runner import Batching, InChunks, Runner, Totals
-from ifpyro.infer.scan import check_arguments, scan, seeded
+from ifpyro.infer.scan import check_arguments, scan
 from ifpyro.infer.verify import Verifier, same_rows
 
 _ORDER: tuple[Batching, ...] = ("plate", "vmap", "loop")
@@ -84,8 +85,16 @@ class BatchedModel:
         self._asked, self._batch_size = batching, batch_size
         self._notes: list[str] = []
         model = reparam(model)
-        with seeded(seed, torch.device(device or "cpu")):
-            found = scan(model, args, kwargs)
+        invalid: ValueError | None = None
+        try:
+            with seeded(seed, torch.device(device or "cpu")):
+                found = scan(model, args, kwargs)
+        except ModelError:
+            raise
+        except ValueError as error:  # torch's validation: see below whether more can be said than it says
+            invalid = error
+            with seeded(seed, torch.device(device or "cpu")), pyro.validation_enabled(False):
+                found = scan(model, args, kwargs)
         self._layout = found.layout
         self.dim: int = self._layout.dim
         self.device = torch.device(device) if device is not None else found.device
@@ -93,6 +102,8 @@ class BatchedModel:
         self._runner = Runner(model, args, kwargs, self._layout)
         with seeded(seed, self.device), pyro.validation_enabled(False):
             probes = collect_probes(self._runner)
+            if invalid is not None:
+                raise invalid
             self._runner.parameters = probes.parameters
             self.gaussian_prior: bool = probes.gaussian_prior
             self._verifier = Verifier(self._runner, probes)
@@ -143,12 +154,13 @@ class BatchedModel:
             return z.to(self.device)
         seed = int(torch.randint(2**62, (), generator=generator, device=generator.device))
         like = torch.empty(0, device=self.device)
-        with seeded(seed, self.device), self._runner.quiet(), torch.no_grad():
-            size = min(self._batch_size or num, num)
-            if size not in self._trusted["prior"]:
+        size = min(self._batch_size or num, num)
+        counts = [min(size, num - start) for start in range(0, num, size)]
+        with self._runner.quiet(), torch.no_grad():
+            with seeded(0, self.device):  # apart from the draws, which depend on the generator alone
                 self._verify_size("prior", size, like)
-            counts = [min(size, num - start) for start in range(0, num, size)]
-            return torch.cat([self._runner.draw(self.prior_batching, n, like) for n in counts])
+            with seeded(seed, self.device):
+                return torch.cat([self._runner.draw(self.prior_batching, n, like) for n in counts])
 
     def sites(self, q: Tensor) -> dict[str, Tensor]:
         """Every latent and deterministic site in the user's space, name to ``(n, *shape)``, detached."""
@@ -174,9 +186,14 @@ class BatchedModel:
         n = self._check_values(given)
         with self._runner.quiet(), torch.no_grad():
             q: Tensor = self._runner.invert(self.site_batching, given, n)
-        for name, site in self._layout.latents.items():
-            if not bool(torch.isfinite(q[:, site.start : site.stop]).all()):
+        back = self.sites(q)
+        for name, value in given.items():
+            # Many transforms clamp what lies outside, so that only the way back shows it.
+            far = (back[name] - value).abs() > 1e-2 * value.abs() + 1e-3
+            if not bool(torch.isfinite(back[name]).all()) or bool(far.any()):
                 raise ValueError(f"initial values of {name!r} lie outside the site's support, or on its edge")
+        if not bool(torch.isfinite(q).all()):
+            raise ValueError("some initial values lie on the edge of their site's support")
         return q
 
     def describe(self) -> str:
@@ -198,13 +215,11 @@ class BatchedModel:
     # -- how they are computed --------------------------------------------------------------------------
 
     def _totals(self, q: Tensor) -> Totals:
-        if len(q) not in self._trusted["density"]:
-            self._verify_size("density", len(q), q)
+        self._verify_size("density", len(q), q)
         return self._runner.totals(self.batching, q)
 
     def _values(self, q: Tensor) -> dict[str, Tensor]:
-        if len(q) not in self._trusted["values"]:
-            self._verify_size("values", len(q), q)
+        self._verify_size("values", len(q), q)
         return self._runner.values(self.site_batching, q)
 
     def _choose(self, what: _What, order: tuple[Batching, ...]) -> Batching:
@@ -231,9 +246,9 @@ class BatchedModel:
 
     def _verify_size(self, what: _What, n: int, q: Tensor) -> None:
         """Check a batch size met for the first time against single draws: it may be a size of the model."""
-        self._trusted[what].add(n)
-        if self._ways[what] != "plate" or n < 2:
+        if n in self._trusted[what] or self._ways[what] != "plate":
             return
+        self._trusted[what].add(n)
         with torch.no_grad():
             try:
                 if what == "density":

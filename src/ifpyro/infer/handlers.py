@@ -93,7 +93,7 @@ class Evaluate(Messenger):
             prior = prior + self.sum_rows(jacobian, name)
         self.log_prior[name] = prior
         # The prior term stays the proper density that prior draws follow; what scales and masks change goes
-        # with the likelihood, so that the sum is Pyro's density and tempering starts from what can be sampled.
+        # with the likelihood, so that the sum is Pyro's density and tempering starts from what can be drawn.
         mask = _both(msg["mask"], own_mask)
         if name in self.layout.unmasked:
             mask = None
@@ -140,9 +140,14 @@ class Evaluate(Messenger):
         if len(self.log_prior) != len(self.layout.latents):
             missing = sorted(set(self.layout.latents) - set(self.log_prior))
             raise BatchingError(f"latent sites {missing} appear for some latent values only", missing[0])
-        first = next(iter(self.log_prior.values()))
-        shape = first.shape if self.rows is None else Size((self.rows,))
-        return _add(self.log_prior, first, shape), _add(self.log_likelihood, first, shape)
+        like = next(iter(self.log_prior.values()))
+        return self._add(self.log_prior, like), self._add(self.log_likelihood, like)
+
+    def _add(self, terms: dict[str, Tensor], like: Tensor) -> Tensor:
+        total = sum(terms.values(), like.new_zeros((), dtype=self.layout.dtype))
+        assert isinstance(total, Tensor)
+        shape = Size() if self.rows is None else Size((self.rows,))
+        return (total if total.shape == shape else total.expand(shape)).to(self.layout.dtype)
 
     def log_terms(self) -> dict[str, Tensor]:
         """Log-prior and log-likelihood terms together, by site."""
@@ -245,8 +250,3 @@ def _both(a: Any, b: Any) -> Any:
     if a is None or b is None:
         return b if a is None else a
     return a & b
-
-
-def _add(terms: dict[str, Tensor], like: Tensor, shape: Size) -> Tensor:
-    total = sum(terms.values()) if terms else like.new_zeros(())
-    return total if total.shape == shape else total.expand(shape)  # type: ignore[union-attr,return-value]

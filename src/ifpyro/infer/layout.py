@@ -18,6 +18,10 @@ class BatchingError(RuntimeError):
         self.site = site
 
 
+class ModelError(ValueError):
+    """The model cannot be sampled from, for a reason that the message names."""
+
+
 @dataclass(frozen=True)
 class LatentSite:
     """Where a latent site lives in ``q`` and how its part of ``q`` becomes its value.

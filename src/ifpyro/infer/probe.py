@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ifpyro.infer.handlers import Evaluate, FromPrior
-from ifpyro.infer.layout import BatchingError, Layout
+from ifpyro.infer.layout import BatchingError, Layout, ModelError
 from ifpyro.infer.runner import Runner, gradient
 from ifpyro.infer.scan import check_reproducible, has_gaussian_prior, irrelevant_masked_sites
 
@@ -84,14 +84,14 @@ def _prior_draw(runner: Runner) -> FromPrior:
             run: FromPrior = runner.run(FromPrior(runner.layout, score=True))
             run.totals()
     except BatchingError as error:
-        raise ValueError(
+        raise ModelError(
             f"the sites of the model change from run to run: {error}. Every run must visit the same latent "
             "sites."
         ) from None
     for name, value in run.values.items():
         if name not in shapes or value.shape != shapes[name]:
             before = tuple(shapes[name]) if name in shapes else "absent"
-            raise ValueError(
+            raise ModelError(
                 f"the sites of the model change from run to run: {name!r} was {before}, now "
                 f"{tuple(value.shape)}"
             )
@@ -129,7 +129,7 @@ def _finite_points(runner: Runner, first: FromPrior, num: int) -> Tensor:
         scale = max(0.8 * scale, 1e-3)
         tries += 1
         if tries > 2 * _MAX_DRAWS:
-            raise ValueError(
+            raise ModelError(
                 "the log-density is finite at isolated points only; check the likelihood's support and its "
                 "parameters"
             )
@@ -145,22 +145,22 @@ def _finite_likelihood(q: Tensor, run: Evaluate) -> float | None:
 def _explain(always: dict[str, set[str]], tries: int) -> NoReturn:
     where = f"at every one of {tries} draws from the prior"
     if always["nan"]:
-        raise ValueError(
+        raise ModelError(
             f"the log-probability of site {min(always['nan'])!r} is NaN {where}: check the likelihood for "
             "0/0, logarithms of negative numbers and invalid parameters, and the data for NaN"
         )
     if always["-inf"]:
-        raise ValueError(
+        raise ModelError(
             f"the observation is impossible: the log-probability of site {min(always['-inf'])!r} is -inf "
             f"{where}. Check that the data lie in the support of the likelihood, or widen the likelihood."
         )
-    raise ValueError(f"the log-density is not finite {where}")
+    raise ModelError(f"the log-density is not finite {where}")
 
 
 def _require_finite_gradients(total: Tensor, layout: Layout) -> None:
     for name, site in layout.latents.items():
         if bool((~torch.isfinite(total[:, site.start : site.stop])).any(-1).all()):
-            raise ValueError(
+            raise ModelError(
                 f"the gradient with respect to site {name!r} is not finite at any of {len(total)} probes "
                 "although the density is. A torch.where or mask does not keep a NaN or infinity out of the "
                 "gradient: replace such values before they enter the density."

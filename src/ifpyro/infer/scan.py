@@ -5,8 +5,7 @@ lean.
 """
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pyro
@@ -16,10 +15,21 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
 
 from ifpyro.infer.handlers import Evaluate, FromVector
-from ifpyro.infer.layout import LatentSite, Layout, is_deterministic, split_mask, support_tensors
+from ifpyro.infer.layout import (
+    LatentSite,
+    Layout,
+    ModelError,
+    is_deterministic,
+    split_mask,
+    support_tensors,
+)
+from ifpyro.infer.randomness import seeded
 from ifpyro.infer.runner import Runner
 
 Model = Callable[..., Any]
+
+_VALIDATED_DRAWS = 4
+"""Prior draws at which distributions check their parameters; later runs go without."""
 
 
 def check_arguments(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -44,19 +54,6 @@ def check_arguments(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from None
 
 
-@contextmanager
-def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Run a block with its own random state and put the global one back afterwards."""
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
-        # torch.manual_seed would also reseed every other device.
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
 class Scan(Evaluate):
     """One draw from the prior that writes down the layout as it goes."""
 
@@ -68,7 +65,7 @@ class Scan(Evaluate):
         fn = msg["fn"]
         size, subsample = fn.size, fn.subsample_size
         if msg["value"] is None and subsample is not None and subsample < size:
-            raise ValueError(
+            raise ModelError(
                 f"plate {msg['name']!r} draws a random subsample of {subsample} of {size}; MCMC and SMC "
                 "need the full likelihood. Drop subsample_size, or pass a fixed `subsample=` of indices."
             )
@@ -78,7 +75,7 @@ class Scan(Evaluate):
         self.layout.depth = max([self.layout.depth, *(-dim for dim in frames)])
         name = msg["name"]
         if name in self.layout.shapes:
-            raise ValueError(f"the model has two sites named {name!r}; give every site its own name")
+            raise ModelError(f"the model has two sites named {name!r}; give every site its own name")
         if type(msg["fn"]).__name__ != "_Subsample" and not is_deterministic(msg):
             self._inspect_observed(msg) if msg["is_observed"] else self._inspect_latent(msg)
         super()._pyro_sample(msg)
@@ -89,27 +86,27 @@ class Scan(Evaluate):
         name, (fn, _) = msg["name"], split_mask(msg["fn"])
         support = _support(fn, name)
         if getattr(support, "is_discrete", False):
-            raise ValueError(
+            raise ModelError(
                 f"latent site {name!r} is discrete ({_kind(fn)}); only continuous latents can be moved by "
                 "HMC, SMC or elliptical slice sampling, and enumeration is not supported. Sum it out by "
                 "hand, for example with pyro.distributions.MixtureSameFamily or a pyro.factor of its "
                 "logsumexp."
             )
         if isinstance(fn, Delta):
-            raise ValueError(
+            raise ModelError(
                 f"latent site {name!r} is a Delta, which has no density; use pyro.deterministic instead"
             )
         try:
             transform = biject_to(support)
         except NotImplementedError:
-            raise ValueError(
+            raise ModelError(
                 f"latent site {name!r} ({_kind(fn)}) has support {support}, for which there is no "
                 "bijection from the real numbers; rewrite the site with a transform of an unconstrained one"
             ) from None
         shape = fn.batch_shape + fn.event_shape
         free = transform.inverse_shape(shape)
         if free[: len(fn.batch_shape)] != fn.batch_shape:
-            raise ValueError(
+            raise ModelError(
                 f"latent site {name!r}: its support {support} mixes batch dimensions; use .to_event()"
             )
         dtype = fn.sample().dtype
@@ -129,11 +126,11 @@ class Scan(Evaluate):
     def _inspect_observed(self, msg: Any) -> None:
         fn, name, value = msg["fn"], msg["name"], msg["value"]
         if not isinstance(value, Tensor):
-            raise ValueError(
+            raise ModelError(
                 f"observed site {name!r}: expected obs to be a tensor, got {type(value).__name__}"
             )
         if value.is_floating_point() and bool(torch.isnan(value).any()):
-            raise ValueError(
+            raise ModelError(
                 f"observed site {name!r} contains NaN. A mask does not keep NaN out of the gradient: put "
                 "any valid number in place of missing observations and mask them, or leave them out."
             )
@@ -150,7 +147,7 @@ class Scan(Evaluate):
             if mask is not None:
                 inside = inside | ~torch.as_tensor(mask)
         if not bool(inside.all()):
-            raise ValueError(
+            raise ModelError(
                 f"observed site {name!r} is impossible: its value lies outside the support ({support}) of "
                 f"{_kind(fn)}. Check the data and the likelihood."
             )
@@ -179,12 +176,13 @@ class Scan(Evaluate):
 
 
 def scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scan:
-    """Run the model once from the prior and return what was found, or raise what is wrong with it."""
-    found = Scan()
-    with found:
-        model(*args, **kwargs)
+    """Run the model from the prior and return what was found first, or raise what is wrong with it."""
+    found, *others = (Scan() for _ in range(_VALIDATED_DRAWS))
+    for scanner in (found, *others):
+        with scanner:
+            model(*args, **kwargs)
     if not found.layout.latents:
-        raise ValueError(
+        raise ModelError(
             "the model has no latent sites: every pyro.sample in it is observed or deterministic. There is "
             "nothing to infer; give at least one site without obs."
         )
@@ -201,7 +199,7 @@ def check_reproducible(runner: Runner, q: Tensor) -> None:
     for name in {**first, **second}:
         same = name in first and name in second
         if not (same and torch.allclose(first[name], second[name], rtol=1e-5, atol=1e-6, equal_nan=True)):
-            raise ValueError(
+            raise ModelError(
                 f"the model is not reproducible: site {name!r} has a different log-probability in two runs "
                 "on the same latent values. Randomness inside the model (torch.randn, dropout, random "
                 "minibatches) must be a pyro.sample site, or be drawn once outside the model."
@@ -283,7 +281,7 @@ def _support(fn: Any, name: str) -> Any:
     try:
         return fn.support
     except (NotImplementedError, AttributeError):
-        raise ValueError(f"latent site {name!r} ({_kind(fn)}) declares no support") from None
+        raise ModelError(f"latent site {name!r} ({_kind(fn)}) declares no support") from None
 
 
 def _is_real(support: Any) -> bool:
