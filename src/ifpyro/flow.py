@@ -250,7 +250,13 @@ class InflationaryFlow(nn.Module):
 
         save_flow(self, path)
 
-    # -- internals --------------------------------------------------------------------------------------------------
+    # -- in standardised coordinates, for those who measure the numerics ---------------------------------------------
+
+    def decode_standard(self, z: Tensor, grid: Grid) -> Tensor:
+        """The solve alone, on any grid: latents ``(n, D)`` to standardised coordinates ``v``."""
+        for step in self._solver(z, grid).to_data:
+            z = take(self.velocity, step, z)
+        return z
 
     def solve_adaptive(
         self, state: Tensor, *, to_data: bool, rtol: float = 1e-6, atol: float = 1e-6, log_det: bool = False
@@ -259,6 +265,8 @@ class InflationaryFlow(nn.Module):
         return solve_adaptive(
             self.velocity, self.angles, state, to_data=to_data, rtol=rtol, atol=atol, log_det=log_det
         )
+
+    # -- internals --------------------------------------------------------------------------------------------------
 
     def _to_data(self, z: Tensor, *, with_log_det: bool) -> tuple[Tensor, Tensor]:
         self._check(z, torch.Size([self.latent_dim]), "z")

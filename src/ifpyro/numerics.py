@@ -1,0 +1,79 @@
+"""How finely a flow must be solved: measured on held-out data, not hoped for."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fidelity import fidelity
+from .flow import InflationaryFlow
+from .ode import Grid
+
+STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
+POWERS = (1.0, 1.5, 2.0)
+
+
+def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int = 256) -> None:
+    """Give the flow the fewest steps whose step-doubling error is within tolerance, and its coarse map.
+
+    The error of a grid is the root-mean-square difference, in units of the data's standard deviations, between decoding
+    with it and with twice its steps, over the latents of held-out rows. The coarse map is the cheapest one
+    whose error is below a hundredth of a standard deviation. What was measured goes into ``flow.report["numerics"]``.
+
+    Args:
+        flow: the flow; its ``grid`` and ``coarse_steps`` are replaced.
+        x: held-out data, ``(N, *event_shape)``.
+        tolerance: largest accepted error, in standard deviations.
+        rows: number of rows to measure on.
+    """
+    x = x[:rows]
+    with torch.no_grad():
+        flow.grid = Grid(STEPS[-1], POWERS[1])
+        z = flow.encode(x)
+        chosen, error = flow.grid, float("inf")
+        for steps in STEPS:
+            errors = {power: _doubling_error(flow, z, Grid(steps, power)) for power in POWERS}
+            power = min(errors, key=lambda p: errors[p])
+            if errors[power] < error:
+                chosen, error = Grid(steps, power), errors[power]
+            if error <= tolerance:
+                break
+        flow.grid = chosen
+        flow.coarse_steps = next(
+            (s for s in STEPS if s < chosen.steps and _doubling_error(flow, z, replace(chosen, steps=s)) < 1e-2),
+            chosen.steps,
+        )
+    flow.report["numerics"] = {"tolerance": tolerance, **measure(flow, x)}
+
+
+def measure(flow: InflationaryFlow, x: Tensor) -> dict[str, Any]:
+    """Numerical errors of a flow on data ``x``: step doubling of the map and of the log-density, and the round trip.
+
+    Returns:
+        ``evaluations`` of one decode; ``doubling_rmse`` in standard deviations; ``log_prob_error``, the mean absolute
+        difference of the log-density to that with twice the steps, in nats; ``round_trip_rmse`` of
+        ``decode(encode(x)) - x`` in standard deviations and of ``encode(decode(z)) - z``.
+    """
+    with torch.no_grad():
+        z = flow.encode(x)
+        back = flow.decode(z)
+        sd = x.reshape(len(x), -1).std(0)
+        relative = (back - x).reshape(len(x), -1) / sd
+        few = x[:64]
+        fine = flow.log_prob(few)
+        with fidelity(steps=2 * flow.grid.steps):
+            finer = flow.log_prob(few)
+        return {
+            "evaluations": flow.grid.evaluations,
+            "doubling_rmse": _doubling_error(flow, z, flow.grid),
+            "log_prob_error": float((fine - finer).abs().mean()),
+            "round_trip_rmse": float(relative.square().mean().sqrt()),
+            "round_trip_latent_rmse": float((flow.encode(back) - z).square().mean().sqrt()),
+        }
+
+
+def _doubling_error(flow: InflationaryFlow, z: Tensor, grid: Grid) -> float:
+    once = flow.decode_standard(z, grid)
+    twice = flow.decode_standard(z, replace(grid, steps=2 * grid.steps))
+    return float((once - twice).square().mean().sqrt())

@@ -1,0 +1,112 @@
+"""Checking the samples a flow is trained on: every problem gets an error that says where it is and what to do."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+
+from .support import outside, unconstrained_to
+
+MINIMUM = 16  # rows; below, not even the covariance of two columns is usable
+
+
+def as_samples(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` as a real floating tensor of shape ``(N, *event)`` with finite entries.
+
+    Raises:
+        TypeError: if it is not an array of real numbers.
+        ValueError: if it has no event axis, or entries that are not finite (with the indices of their rows).
+    """
+    if not isinstance(x, Tensor):
+        array = np.asarray(x)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(
+                f"expected {name} to be an array of real numbers, got dtype {array.dtype}; encode categories as "
+                "numbers and drop identifiers first"
+            )
+        x = torch.as_tensor(np.ascontiguousarray(array))
+    if x.is_complex():
+        raise TypeError(f"expected {name} to be real, got {x.dtype}; stack real and imaginary parts as columns")
+    x = x.detach()
+    if x.ndim < 2:
+        raise ValueError(
+            f"expected {name} of shape (N, *event), got {tuple(x.shape)}; for N scalars pass {name}[:, None]"
+        )
+    if x.shape[1:].numel() == 0:
+        raise ValueError(f"expected {name} with at least one column, got shape {tuple(x.shape)}")
+    if dtype is None:
+        dtype = x.dtype if x.is_floating_point() and x.dtype.itemsize >= 4 else torch.get_default_dtype()
+    x = x.to(dtype)
+    bad = torch.nonzero(~x.reshape(len(x), -1).isfinite().all(-1)).flatten()
+    if len(bad):
+        raise ValueError(
+            f"expected finite entries, but {len(bad)} of {len(x)} rows of {name} hold NaN or infinity: rows "
+            f"{_some(bad)}; drop or impute them"
+        )
+    return x
+
+
+def check_trainable(x: Tensor) -> None:
+    """Refuse unconstrained, flattened samples ``(N, D)`` that no flow can be trained on.
+
+    Raises:
+        ValueError: on too few rows, or constant columns (with their indices).
+    """
+    n, d = x.shape
+    if n < max(MINIMUM, d + 2):
+        raise ValueError(
+            f"expected at least {max(MINIMUM, d + 2)} training rows for {d} columns (the covariance must have full "
+            f"rank), got {n}; collect more, or reduce the columns first"
+        )
+    low, high = x.min(0).values, x.max(0).values
+    constant = torch.nonzero(high - low <= 1e-7 * torch.maximum(low.abs(), high.abs())).flatten()
+    if len(constant):
+        raise ValueError(
+            f"expected columns that vary, but columns {_some(constant)} of the flattened data are constant; drop "
+            "them, or dequantise them (add uniform noise of one unit of resolution)"
+        )
+
+
+def to_unconstrained(x: Tensor, support: Constraint, name: str = "x") -> Tensor:
+    """Map samples ``(N, *event)`` inside a support to unconstrained space.
+
+    Raises:
+        ValueError: if rows are outside the support or on its boundary (with their indices).
+    """
+    bad = outside(support, x)
+    if len(bad):
+        raise ValueError(
+            f"expected every row of {name} strictly inside the support {support}, but {len(bad)} rows are outside or "
+            f"on its boundary: rows {_some(bad)}; drop them, shrink them inwards, or choose another support"
+        )
+    return unconstrained_to(support).inv(x)
+
+
+def split(x: Tensor, validation: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Training and validation rows: a random fraction of ``x``, or the given held-out rows.
+
+    Raises:
+        ValueError: if the fraction is not in (0, 1) or leaves no rows, or held-out rows have another event shape.
+    """
+    if isinstance(validation, int | float):
+        if not 0 < validation < 1:
+            raise ValueError(
+                f"validation expects a fraction in (0, 1) or held-out rows, got {validation}; training stops early on "
+                "these rows, so some are needed"
+            )
+        held_out = max(1, round(len(x) * validation))
+        order = torch.randperm(len(x), generator=generator).to(x.device)
+        return x[order[held_out:]], x[order[:held_out]]
+    rows = as_samples(validation, "validation", x.dtype).to(x.device)
+    if rows.shape[1:] != x.shape[1:] or len(rows) == 0:
+        raise ValueError(
+            f"expected validation rows of event shape {tuple(x.shape[1:])}, got an array of shape {tuple(rows.shape)}"
+        )
+    return x, rows
+
+
+def _some(indices: Tensor) -> str:
+    shown = ", ".join(str(i) for i in indices[:10].tolist())
+    return f"[{shown}, ...]" if len(indices) > 10 else f"[{shown}]"

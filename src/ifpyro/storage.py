@@ -1,0 +1,147 @@
+"""Files: tensors in safetensors with JSON metadata, written atomically, verified on reading. No pickle."""
+
+import hashlib
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .basis import Basis
+from .flow import InflationaryFlow
+from .ode import Grid
+from .schedule import Schedule
+from .support import support_from_dict, support_to_dict
+from .velocity import Velocity, build_velocity
+
+FORMAT_VERSION = 1
+
+
+def write_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, header: dict[str, Any]) -> None:
+    """Write tensors and plain data to one file; a crash leaves the old file or the new one, never half of one.
+
+    Args:
+        path: where to.
+        tensors: what to write.
+        kind: what the file is, checked by :func:`read_tensors`.
+        header: JSON-serialisable data.
+    """
+    path = Path(path)
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {
+        "format": f"ifpyro-{kind}",
+        "format_version": str(FORMAT_VERSION),
+        "sha256": _digest(tensors),
+        "header": json.dumps(header),
+    }
+    content = save(tensors, metadata)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`write_tensors` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, not one of ours, of another kind, or from a newer version.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file written by ifpyro at {path}, found none")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as safetensors ({error}); the file is damaged or was not written by ifpyro"
+        ) from error
+    found = metadata.get("format")
+    if found != f"ifpyro-{kind}":
+        raise ValueError(f"expected a file of format 'ifpyro-{kind}', but {path} says {found!r}")
+    version = int(metadata.get("format_version", 0))
+    if version > FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version}, newer than the {FORMAT_VERSION} that this ifpyro reads; upgrade "
+            "ifpyro"
+        )
+    if _digest(tensors) != metadata.get("sha256"):
+        raise ValueError(f"{path} is damaged: its tensors do not match the checksum written with them")
+    return tensors, json.loads(metadata["header"])
+
+
+def save_flow(flow: InflationaryFlow, path: str | Path) -> None:
+    """Write a flow to one file. See :func:`load_flow`."""
+    header = {
+        "schedule": flow.schedule.to_dict(),
+        "network": flow.velocity.spec(),
+        "event_shape": list(flow.event_shape),
+        "support": None if flow.support is None else support_to_dict(flow.support),
+        "grid": {"steps": flow.grid.steps, "power": flow.grid.power, "method": flow.grid.method},
+        "coarse_steps": flow.coarse_steps,
+        "refinements": flow.refinements,
+        "report": flow.report,
+    }
+    write_tensors(path, flow.state_dict(), "flow", header)
+
+
+def load_flow(
+    path: str | Path, *, network: Velocity | None = None, device: torch.device | str | None = None
+) -> InflationaryFlow:
+    """Read a flow from a file written by :meth:`InflationaryFlow.save`.
+
+    Args:
+        path: the file.
+        network: for a flow with a network of your own, an instance to receive its weights.
+        device: where to put it; the CPU by default.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the file is damaged, foreign, from a newer version, or needs ``network``.
+    """
+    tensors, header = read_tensors(path, "flow")
+    if network is None and header["network"] is None:
+        raise ValueError(
+            f"the flow in {path} has a network of its user's own; pass an instance as load(..., network=...)"
+        )
+    velocity = network if network is not None else build_velocity(header["network"])
+    dtype = tensors["basis.scale"].dtype
+    flow = InflationaryFlow(
+        Basis(tensors["basis.mean"], tensors["basis.rotation"], tensors["basis.scale"]),
+        Schedule.from_dict(header["schedule"]),
+        velocity.to(dtype),
+        event_shape=header["event_shape"],
+        support=None if header["support"] is None else support_from_dict(header["support"]),
+        grid=Grid(**header["grid"]),
+        coarse_steps=header["coarse_steps"],
+        refinements=header["refinements"],
+        report=header["report"],
+    )
+    try:
+        flow.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
+    return flow.to(device) if device is not None else flow
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
