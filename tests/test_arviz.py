@@ -13,7 +13,11 @@ from pyro.infer import HMC, MCMC, NUTS, SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoMultivariateNormal, AutoNormal
 from pyro.infer.reparam import TransformReparam
 
-from ifpyro.arviz import convergence, summary, to_arviz
+import ifpyro.infer
+from ifpyro import InflationaryFlow, Schedule
+from ifpyro.arviz import to_arviz
+from ifpyro.basis import Basis
+from ifpyro.velocity import MLP
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0])
 CHAINS, DRAWS = 2, 25
@@ -567,15 +571,58 @@ def test_a_computed_observation_has_a_density_but_is_no_data():
     assert "observed_data" not in groups(data)
 
 
-def test_summary_and_convergence_of_draws_alone():
-    samples = {"a": draws(3, num=200, chains=4)}
-    samples["a"][0, :, 2] += 5  # one chain elsewhere
-    found = convergence(samples)["a"]
-    assert found["r_hat"].shape == found["n_eff"].shape == (3,)
-    assert found["r_hat"][0] < 1.05 < 1.5 < found["r_hat"][2]
-    assert found["n_eff"][0] > 400 > 20 > found["n_eff"][2]
-    table = summary(samples)
-    assert len(table) == 3
+def a_flow():
+    """A small flow that is not Gaussian, untrained: what it maps does not matter here."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = MLP(2, width=16)
+        torch.nn.init.normal_(network.outlet.weight, std=0.3)
+    x = draws(2)[0] @ torch.tensor([[1.0, 0.5], [0.0, 2.0]])
+    return InflationaryFlow(Basis.from_samples(x), Schedule.details_first(), network)
+
+
+def test_a_real_flow_as_the_prior_of_a_plain_pyro_model():
+    flow = a_flow()
+
+    def model(y):
+        x = pyro.sample("x", flow.prior())
+        pyro.sample("y", dist.Normal(x[..., 1], 0.2), obs=y)
+
+    base = draws(2, num=3)
+    with torch.no_grad():
+        x = flow.decode(base)
+        log_prior = flow.log_prob(x)
+    data = convert({"x": x}, model=model, args=(Y[0],), prior=300)
+    torch.testing.assert_close(values(data, "posterior", "x_base"), base, atol=1e-4, rtol=1e-4)
+    expected = log_prior + normal_log_prob(Y[0], x[..., 1], 0.2)
+    torch.testing.assert_close(values(data, "sample_stats", "lp"), expected, atol=1e-3, rtol=1e-4)
+    latent = values(data, "prior", "x_base")[0]
+    assert latent.mean(0).abs().max() < 4 / math.sqrt(300)
+    torch.testing.assert_close(
+        flow.decode(latent).detach(), values(data, "prior", "x")[0], atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("engine", ["mcmc", "smc"])
+def test_the_engines_of_this_library(engine):
+    _, shift, scale = flow_prior()
+    if engine == "mcmc":
+        result = ifpyro.infer.MCMC(
+            ifpyro.infer.HMC(with_flow), num_samples=20, warmup_steps=20, num_chains=6, seed=1, progress=False
+        )
+    else:
+        result = ifpyro.infer.SMC(with_flow, num_particles=64, seed=1, progress=False)
+    result.run(Y[:2])
+    data = convert(result)
+    x, base = values(data, "posterior", "x"), values(data, "posterior", "x_base")
+    torch.testing.assert_close(x, shift + scale * base)
+    torch.testing.assert_close(values(data, "log_likelihood", "y"), normal_log_prob(Y[:2], x[..., 1], 0.2))
+    stats = {name: value.numpy() for name, value in result.sample_stats().items()}
+    assert stats.keys() == set(data["sample_stats"].data_vars)
+    np.testing.assert_array_equal(data["sample_stats"]["lp"], stats["lp"])
+    joint = normal_log_prob(base, 0.0, 1.0).sum((-1, -2)) + normal_log_prob(Y[:2], x[..., 1], 0.2).sum(-1)
+    assert np.corrcoef(stats["lp"].ravel(), joint.numpy().ravel())[0, 1] > 0.99  # the sign of lp
+    assert ("log_weight" in stats) == (engine == "smc")
 
 
 # ---------------------------------------------------------------- a good guest

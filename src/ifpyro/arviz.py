@@ -19,9 +19,9 @@ from torch import Tensor
 
 import ifpyro
 from ifpyro.datasets import SAMPLE, Groups
-from ifpyro.draws import Result, named_arguments, read_result, rebind
-from ifpyro.replay import Replayed, describe, replay
-from ifpyro.sites import Call, Site, to_numpy
+from ifpyro.draws import Result, read_result, rebind
+from ifpyro.sites import to_numpy
+from ifpyro.views import View, as_array, values_by_name
 
 _ORDER = (
     "posterior",
@@ -112,7 +112,7 @@ def to_arviz(
     _check_options(prior, posterior_predictive, predictions, batch_size)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}
     read = read_result(result, model=model, args=args, kwargs=kwargs, num_samples=num_samples, **options)
-    view = _View(read, options)
+    view = View(read, options)
     groups = Groups(dims, coords)
 
     insisted = {
@@ -137,7 +137,7 @@ def to_arviz(
     values = {name: to_numpy(value) for name, value in read.samples.items()}
     stats = dict(read.stats)
     if not view.obstacle and (done := view.posterior(log_likelihood is not False, "lp" not in stats)):
-        values |= {name: v for name, v in view.by_chain(_values(done)).items() if name not in values}
+        values |= {name: v for name, v in view.by_chain(values_by_name(done)).items() if name not in values}
         if ("lp", "") in done.arrays:
             stats["lp"] = done.arrays["lp", ""].reshape(read.shape)
         density = {name: v for (what, name), v in done.arrays.items() if what == "log_prob"}
@@ -158,7 +158,7 @@ def to_arviz(
             "prior_predictive", {n: v for n, v in drawn.items() if n in view.observed}, SAMPLE, view.plates
         )
     if predictions is not None:
-        new = _View(
+        new = View(
             Result(read.samples, {}, rebind(view.needed_call(), predictions)), options, prediction=True
         )
         groups.add("predictions", new.predictions(), SAMPLE, new.plates)
@@ -166,165 +166,12 @@ def to_arviz(
         view.methods += new.methods
     groups.add("observed_data", view.observed, (), view.plates)
     constants = (
-        view.constants() if constant_data is None else {n: _array(v) for n, v in constant_data.items()}
+        view.constants() if constant_data is None else {n: as_array(v) for n, v in constant_data.items()}
     )
     groups.add("constant_data", constants)
 
     replayed = {"replay": "+".join(dict.fromkeys(view.methods))} if view.methods else {}
     return _assemble(groups, {**read.attributes, **replayed, **(attrs or {})})
-
-
-def summary(result: Any, **options: Any) -> Any:
-    """ArviZ's summary table of a result's draws as they are, without running its model again.
-
-    Args:
-        result: what :func:`to_arviz` takes.
-        options: passed to ``arviz.summary``.
-    """
-    return arviz.summary(_draws_alone(read_result(result).samples), **options)
-
-
-def convergence(samples: Mapping[str, Any]) -> dict[str, dict[str, np.ndarray]]:
-    """ArviZ's bulk effective sample size and rank-normalised split R-hat of every component.
-
-    Args:
-        samples: name -> ``(chains, draws, *shape)``.
-
-    Returns:
-        name -> ``{"n_eff": (*shape), "r_hat": (*shape)}``. R-hat needs two chains or more to see all of a
-        failure.
-    """
-    data = _draws_alone(read_result(samples).samples)
-    n_eff, r_hat = arviz.ess(data), arviz.rhat(data)
-    return {name: {"n_eff": np.asarray(n_eff[name]), "r_hat": np.asarray(r_hat[name])} for name in samples}
-
-
-def _draws_alone(samples: Mapping[str, Tensor]) -> xarray.Dataset:
-    groups = Groups()
-    groups.add("posterior", {name: to_numpy(value) for name, value in samples.items()}, SAMPLE)
-    return groups.datasets["posterior"]
-
-
-class _View:
-    """What a model has to say about the draws of a result."""
-
-    def __init__(self, read: Result, options: Mapping[str, Any], prediction: bool = False) -> None:
-        self.shape, self.call, self.options = read.shape, read.call, options
-        self.draws = read.flat()
-        self.count = self.shape[0] * self.shape[1]
-        self.methods: list[str] = []
-        self.sites: dict[str, Site] = {}
-        self.plates: dict[str, dict[int, str]] = {}
-        self.observed: dict[str, np.ndarray] = {}
-        self.obstacle = ""
-        self.blind = True
-        if self.call is None:
-            self.obstacle = "the result does not know its model: pass model= and args="
-            return
-        self.sites, partial = describe(self.call, {n: v[0] for n, v in self.draws.items()}, options["seed"])
-        for name, site in self.sites.items():
-            self.plates[name] = site.plates
-            if site.base_shape is not None:
-                batch = len(site.shape) - site.event_dim
-                self.plates[f"{name}_base"] = {axis: p for axis, p in site.plates.items() if axis < batch}
-        missing = [
-            s.name for s in self.sites.values() if s.random and s.name not in self.draws and not prediction
-        ]
-        self.blind = bool(partial)
-        if partial:
-            self.obstacle = (
-                f"plates {sorted(partial)} show only part of their data: pass model= and args= with all of it"
-            )
-        elif missing:
-            self.obstacle = f"there are no draws of the model's latent sites {missing}"
-        if partial or prediction:
-            return
-        self.observed = {s.name: to_numpy(s.value) for s in self.sites.values() if s.kind == "observed"}
-        # A value computed from latent sites can be given to obs=; it has a density, but it is not data.
-        last, _ = describe(self.call, {n: v[-1] for n, v in self.draws.items()}, options["seed"] + 1)
-        for name in [n for n in self.observed if not _same(self.observed[n], to_numpy(last[n].value))]:
-            del self.observed[name]
-
-    def needed_call(self) -> Call:
-        assert self.call is not None, self.obstacle
-        return self.call
-
-    def replay(self, label: str, draws: Mapping[str, Tensor], count: int, **what: Any) -> Replayed:
-        done = replay(self.needed_call(), draws, count, label=label, **what, **self.options)
-        self.methods.append(done.method)
-        return done
-
-    def by_chain(self, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        return {name: v.reshape(*self.shape, *v.shape[1:]) for name, v in arrays.items()}
-
-    def posterior(self, log_likelihood: bool, joint: bool) -> Replayed | None:
-        """Values that the draws lack, densities of observed sites, and the joint density; None if all is
-        there."""
-
-        def lacking(site: Site) -> bool:
-            if site.kind not in ("latent", "deterministic"):
-                return False
-            return site.name not in self.draws or (
-                site.base_shape is not None and f"{site.name}_base" not in {*self.draws, *self.sites}
-            )
-
-        observed = any(site.kind == "observed" for site in self.sites.values())
-        if not (joint or (log_likelihood and observed) or any(map(lacking, self.sites.values()))):
-            return None
-        return self.replay(
-            "posterior", self.draws, self.count, wanted=lacking, log_likelihood=log_likelihood, joint=joint
-        )
-
-    def posterior_predictive(self, insist: bool) -> dict[str, np.ndarray]:
-        if not self.observed:
-            return {}
-        try:
-            done = self.replay(
-                "predictive",
-                self.draws,
-                self.count,
-                redraw=True,
-                wanted=lambda site: site.name in self.observed,
-            )
-        except Exception as error:
-            # A model may have densities that cannot be sampled, or code that only accepts its own data.
-            if insist:
-                raise
-            warnings.warn(
-                f"to_arviz leaves out posterior_predictive: {type(error).__name__}: {error}", stacklevel=3
-            )
-            return {}
-        return self.by_chain(_values(done))
-
-    def prior(self, count: int) -> dict[str, np.ndarray]:
-        done = self.replay("prior", {}, count, redraw=True, wanted=_shown)
-        return {name: v[None] for name, v in _values(done).items()}
-
-    def predictions(self) -> dict[str, np.ndarray]:
-        done = self.replay(
-            "predictions",
-            self.draws,
-            self.count,
-            redraw=True,
-            wanted=lambda site: (
-                _shown(site) and (site.name not in self.draws or site.kind == "deterministic")
-            ),
-        )
-        return self.by_chain(_values(done))
-
-    def constants(self) -> dict[str, np.ndarray]:
-        """The model's array arguments, without those that are observed."""
-        if self.call is None:
-            return {}
-        data = [to_numpy(site.value) for site in self.sites.values() if site.kind == "observed"]
-        arrays = {
-            name: _array(value)
-            for name, value in named_arguments(self.call).items()
-            if isinstance(value, Tensor | np.ndarray)
-        }
-        return {
-            n: v for n, v in arrays.items() if v.dtype.kind in "biuf" and not any(_same(v, d) for d in data)
-        }
 
 
 def _check_options(prior: Any, posterior_predictive: Any, predictions: Any, batch_size: Any) -> None:
@@ -349,30 +196,11 @@ def _check_options(prior: Any, posterior_predictive: Any, predictions: Any, batc
         raise ValueError(f"to_arviz expects batch_size to be a positive integer or None, got {batch_size!r}")
 
 
-def _shown(site: Site) -> bool:
-    return site.kind != "factor" and not site.auxiliary
-
-
-def _values(done: Replayed) -> dict[str, np.ndarray]:
-    """Values by site, and the latent of a flow's site ``x`` under the name ``x_base``."""
-    found = {name: v for (what, name), v in done.arrays.items() if what == "value"}
-    bases = {f"{name}_base": v for (what, name), v in done.arrays.items() if what == "base"}
-    return {**bases, **found}
-
-
-def _array(value: Any) -> np.ndarray:
-    return to_numpy(value) if isinstance(value, Tensor) else np.asarray(value)
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
 def _given(values: Mapping[str, Any], shape: tuple[int, int] | None) -> dict[str, np.ndarray]:
     """Draws that were made elsewhere as ``(chains, draws, *shape)``; without a shape they are one chain."""
     found = {}
     for name, value in values.items():
-        array = _array(value)
+        array = as_array(value)
         if shape is None and array.ndim:
             found[name] = array[None]
         elif shape is not None and array.shape[:2] == shape:

@@ -16,7 +16,7 @@ Three rows of every batch are compared with the run at one draw as well.
 """
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,8 @@ class _Job:
     wanted: Callable[[Site], bool]
     log_likelihood: bool
     joint: bool
+    fresh: frozenset[str] = frozenset()
+    """Sites that a run draws anew: their values are kept for the comparison, whether wanted or not."""
 
     def trace(self, given: Mapping[str, Tensor], plate: Any = None) -> dict[str, Any]:
         """The sample statements of one run, those of plates among them."""
@@ -112,7 +114,6 @@ class _Job:
         sites: Mapping[str, Site],
         count: int | None = None,
         plate: Any = None,
-        check: Collection[str] = (),
     ) -> Outputs:
         """Every number asked for, at one draw, or with ``count`` rows from one run under ``plate``."""
         nodes = {n: node for n, node in self.trace(given, plate).items() if not site_is_subsample(node)}
@@ -136,15 +137,18 @@ class _Job:
         for name, node in nodes.items():
             site = sites[name]
             value = torch.as_tensor(node["value"])
-            if self.wanted(site):
+            if self.wanted(site) or name in self.fresh:
                 out["value", name] = rows(value, site.shape)
-                if site.base_shape is not None:
-                    out["base", name] = rows(flow_base(node["fn"], value), site.base_shape)
-            pointwise = self.log_likelihood and site.kind == "observed"
-            if not (pointwise or name in check or (self.joint and site.kind != "deterministic")):
+            if self.wanted(site) and site.base_shape is not None:
+                out["base", name] = rows(flow_base(node["fn"], value), site.base_shape)
+            # A flow's own density needs no comparison: its base is fixed, no draws can be mixed up in it.
+            pointwise = (self.log_likelihood and site.kind == "observed") or (
+                name in self.fresh and site.base_shape is None
+            )
+            if not (pointwise or (self.joint and site.kind != "deterministic")):
                 continue
             log_prob = node["fn"].log_prob(value, *node["args"], **node["kwargs"])
-            if pointwise or name in check:
+            if pointwise:
                 masked = scale_and_mask(log_prob, mask=node["mask"])
                 out["log_prob", name] = rows(masked, site.batch_shape)
             if self.joint:
@@ -170,48 +174,40 @@ def _rows(value: Tensor, count: int, shape: tuple[int, ...]) -> Tensor:
     raise _CannotBatch(f"a batch of {count} draws of shape {shape} came out with shape {tuple(value.shape)}")
 
 
-def _under_plate(
-    job: _Job, given: dict[str, Tensor], count: int, sites: dict[str, Site], check: set[str]
-) -> Outputs:
+def _under_plate(job: _Job, given: dict[str, Tensor], count: int, sites: dict[str, Site]) -> Outputs:
     depth = max((site.depth for site in sites.values()), default=0)
     wide = {}
     for name, value in given.items():
         shape = sites[name].shape
         batch_ndim = len(shape) - sites[name].event_dim
         wide[name] = value.reshape(count, *(1,) * (depth - batch_ndim), *shape)
-    return job.outputs(wide, sites, count, pyro.plate(_DRAWS, count, dim=-depth - 1), check)
+    return job.outputs(wide, sites, count, pyro.plate(_DRAWS, count, dim=-depth - 1))
 
 
-def _under_vmap(
-    job: _Job, given: dict[str, Tensor], count: int, sites: dict[str, Site], check: set[str]
-) -> Outputs:
+def _under_vmap(job: _Job, given: dict[str, Tensor], count: int, sites: dict[str, Site]) -> Outputs:
     def one(values: dict[str, Tensor], _: Tensor) -> dict[str, Tensor]:
-        return {"\0".join(k): v for k, v in job.outputs(values, sites, check=check).items()}
+        return {"\0".join(key): value for key, value in job.outputs(values, sites).items()}
 
     found = torch.func.vmap(one, randomness="different")(given, torch.arange(count))
-    return {(k.split("\0")[0], k.split("\0")[1]): v for k, v in found.items()}
+    return {(key.split("\0")[0], key.split("\0")[1]): value for key, value in found.items()}
 
 
-def _at_once(
-    job: _Job, given: dict[str, Tensor], count: int, sites: dict[str, Site], check: set[str]
-) -> tuple[str, Outputs]:
+def _at_once(job: _Job, given: dict[str, Tensor], count: int, sites: dict[str, Site]) -> tuple[str, Outputs]:
     """All draws in one run, and how; raises if that cannot be done or the result cannot be trusted."""
-    method, held = "vmap", given
-    if check:
-        method, drawn = "plate", _under_plate(job, given, count, sites, check)
-        held = given | {name: drawn["value", name] for name in check}
-    exact = _under_vmap(job, held, count, sites, check)
-    if check:
+    method, held, drawn = "vmap", given, None
+    if job.fresh:
+        method, drawn = "plate", _under_plate(job, given, count, sites)
+        held = given | {name: drawn["value", name] for name in job.fresh}
+    exact = _under_vmap(job, held, count, sites)
+    if drawn is not None:
         _compare(drawn, exact)
     picks = sorted({0, count // 2, count - 1})
-    singles = [
-        job.outputs({name: value[i] for name, value in held.items()}, sites, check=check) for i in picks
-    ]
+    singles = [job.outputs({name: value[i] for name, value in held.items()}, sites) for i in picks]
     _compare(
         {key: rows[picks] for key, rows in exact.items()},
         {key: torch.stack([single[key] for single in singles]) for key in singles[0]},
     )
-    return method, drawn if check else exact
+    return method, exact if drawn is None else drawn
 
 
 def _compare(found: Outputs, exact: Outputs) -> None:
@@ -274,9 +270,8 @@ def replay(
         start_at = {name: value[0] for name, value in given.items()}
         first = _read(job.trace(start_at))
         given = {n: v for n, v in given.items() if n in first and first[n].kind == "latent"}
-        # A flow's own density needs no check: its base is fixed, nothing upstream can be mixed up.
-        check = {s.name for s in first.values() if s.random and s.name not in given and s.base_shape is None}
-        reading = _Job(call, redraw, lambda s: wanted(s) or s.name in check, log_likelihood, joint)
+        fresh = frozenset(s.name for s in first.values() if s.random and s.name not in given)
+        job = _Job(call, redraw, wanted, log_likelihood, joint, fresh)
         per_draw = sum(s.value.numel() + math.prod(s.batch_shape) for s in first.values())
         size = batch_size or max(1, min(_MAX_BATCH, _MAX_ELEMENTS // max(per_draw, 1)))
         used: list[str] = []
@@ -285,7 +280,7 @@ def replay(
             for start in range(0, count, size):
                 stop = min(start + size, count)
                 part = {name: value[start:stop] for name, value in given.items()}
-                found = _batch(reading, part, stop - start, first, check, bar, used)
+                found = _batch(job, part, stop - start, first, bar, used)
                 for key, value in found.items():
                     what, name = key
                     if what == "log_prob" and first[name].kind != "observed":
@@ -303,14 +298,13 @@ def _batch(
     given: dict[str, Tensor],
     count: int,
     sites: dict[str, Site],
-    check: set[str],
     bar: tqdm,
     used: list[str],
 ) -> Outputs:
     """One batch, at once if that can be trusted; after the first failure in a loop."""
     if count > 1 and "loop" not in used:
         try:
-            method, found = _at_once(job, given, count, sites, check)
+            method, found = _at_once(job, given, count, sites)
         except Exception:
             pass  # Whatever a batch cannot do, the loop can, or it raises the model's own error.
         else:
