@@ -698,6 +698,11 @@ BAD = {
     "args not a tuple": ({"args": Y}, TypeError, "tuple"),
     "log_likelihood, no model": ({"model": None, "args": None, "log_likelihood": True}, ValueError, "model="),
     "prior, no model": ({"model": None, "args": None, "prior": 5}, ValueError, "model="),
+    "log_likelihood of no data": (
+        {"result": {"z": draws(4)}, "model": local, "args": (Y,), "log_likelihood": True},
+        ValueError,
+        "no site is observed",
+    ),
     "prior of zero": ({"prior": 0}, ValueError, "positive"),
     "prior true": ({"prior": True}, ValueError, "positive"),
     "predictive a number": ({"posterior_predictive": 5}, ValueError, "True, False"),

@@ -125,6 +125,11 @@ def to_arviz(
     refused = [
         n for n, wanted in insisted.items() if wanted and (view.blind if n == "prior" else view.obstacle)
     ]
+    data_free = not view.obstacle and not any(site.kind == "observed" for site in view.sites.values())
+    if data_free and (log_likelihood is True or posterior_predictive is True):
+        raise ValueError(
+            "to_arviz cannot compute log_likelihood or posterior_predictive: no site is observed"
+        )
     if refused:
         raise ValueError(f"to_arviz cannot compute {', '.join(refused)}: {view.obstacle}")
     if view.obstacle and view.call is not None:

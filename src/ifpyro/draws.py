@@ -32,8 +32,7 @@ from ifpyro.sites import Call
 
 @dataclass(frozen=True)
 class Result:
-    """Draws ``(chains, draws, *shape)``, statistics ``(chains, draws)`` or ``(chains,)``, and where they came
-    from."""
+    """Draws ``(chains, draws, *shape)``, statistics ``(chains, draws)`` or ``(chains,)``, their origin."""
 
     samples: dict[str, Tensor]
     stats: dict[str, np.ndarray]

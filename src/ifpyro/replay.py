@@ -44,8 +44,7 @@ _MAX_BATCH = 512
 
 @dataclass(frozen=True)
 class Replayed:
-    """What a replay gives: NumPy arrays with draws first, the sites at one draw, and the method that was
-    used."""
+    """What a replay gives: NumPy arrays with draws first, the sites at one draw, the method used."""
 
     arrays: dict[Key, np.ndarray]
     sites: dict[str, Site]

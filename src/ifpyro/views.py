@@ -75,7 +75,7 @@ class View:
         return {name: v.reshape(*self.shape, *v.shape[1:]) for name, v in arrays.items()}
 
     def posterior(self, log_likelihood: bool, joint: bool) -> Replayed | None:
-        """Values that the draws lack, densities of observed sites, the joint density; None if all is there."""
+        """What the draws lack, densities of observed sites, the joint density; None if all is there."""
 
         def lacking(site: Site) -> bool:
             if site.kind not in ("latent", "deterministic"):
@@ -92,7 +92,7 @@ class View:
         )
 
     def posterior_predictive(self, insist: bool) -> dict[str, np.ndarray]:
-        """Fresh data at every draw; nothing, with a warning, if the model cannot make them and none insists."""
+        """Fresh data at every draw; if the model cannot make them, an error where they are insisted on."""
         if not self.observed:
             return {}
         try:
