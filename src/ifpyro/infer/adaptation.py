@@ -16,7 +16,7 @@ is a pure number,
 
     2 T E[u (f(w') - f(w)) df(w')/dt] / E[(f(w') - f(w))^2] - (T / step) / (T / step + FINE_COST),
 
-clipped to one before use, with chains weighted by their acceptance.
+with the first term clipped to 2, its value for short trajectories, and chains weighted by their acceptance.
 """
 
 import math
@@ -146,7 +146,10 @@ class TrajectoryLength:
             return
         slope = 4.0 * jitter * self.length * float((weight * change * (y * v).sum(-1)).sum()) / size
         steps = self.length / step_size
-        ascent = max(-1.0, min(1.0, slope - steps / (steps + FINE_COST)))
+        # Beyond the first turn the slope swings by plus or minus the length itself, with mean zero. A short
+        # trajectory has slope 2, the most that means anything: clip there, so that the cost decides in the
+        # rest.
+        ascent = max(-2.0, min(2.0, slope)) - steps / (steps + FINE_COST)
         self._count += 1
         log_length = math.log(self.length) + 0.5 * (self._count + 5) ** -0.5 * ascent
         low, high = TRAJECTORY_BOUNDS

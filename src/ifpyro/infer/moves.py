@@ -13,6 +13,9 @@ from ifpyro.infer.hamiltonian import Info, State
 from ifpyro.infer.metric import Metric
 from ifpyro.infer.target import Target, Value
 
+MIN_MOVES = 4
+"""Moves made at every temperature: stopping at the first low correlation would pick the lucky ones."""
+
 CORRELATION = 0.1
 """Correlation with the start of a temperature at which its moves stop."""
 
@@ -121,11 +124,10 @@ def _decorrelated(history: list[float], num_particles: int) -> bool:
     """Whether to stop moving: little correlation is left, or three moves in a row hardly lowered it.
 
     Moving less looks harmless and is not: particles that keep their log-likelihood carry their weights' luck
-    from one temperature to the next, and every island then underestimates the evidence alike (by 6 nats on a
-    64-dimensional target when stopping at 0.3). The second rule is for separated modes: no local move removes
-    the correlation that says which mode a particle is in.
+    from one temperature to the next, and every island then underestimates the evidence alike. The second rule
+    is for separated modes: no local move removes the correlation that says which mode a particle is in.
     """
-    if len(history) < 2:
+    if len(history) < MIN_MOVES:
         return False
     if history[-1] < max(CORRELATION, 1.5 * num_particles**-0.5):
         return True

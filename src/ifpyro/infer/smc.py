@@ -24,7 +24,7 @@ from ifpyro.infer.arguments import check_count, check_fraction
 from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.diagnostics import pareto_k
 from ifpyro.infer.draws import Draws
-from ifpyro.infer.metric import Metric, metric_from_draws
+from ifpyro.infer.metric import cross_fitted_metric
 from ifpyro.infer.moves import Moved, Mover, Stage
 from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
 from ifpyro.infer.target import Target, Value
@@ -36,7 +36,6 @@ class Tuning(NamedTuple):
 
     step_size: float
     length: float
-    metric: Metric
     level: Level
 
 
@@ -141,6 +140,8 @@ class SMC(Draws):
         self.stages, self.pareto_k = [], None
         islands, per_island = self.num_islands, self.num_particles // self.num_islands
         log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
+        # A lone island learns its metric half from half.
+        groups = islands if islands > 1 or per_island % 2 else 2
         floor = 0.0
         mover = Mover(
             target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves
@@ -149,7 +150,7 @@ class SMC(Draws):
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:
             while beta < 1.0:
-                log_likelihood = fine.log_likelihood.nan_to_num(-torch.inf, posinf=torch.inf)
+                log_likelihood = fine.log_likelihood.nan_to_num(-torch.inf, torch.inf, -torch.inf)
                 log_likelihood = log_likelihood.reshape(islands, per_island)
                 _check_islands(log_likelihood)
                 beta_next = next_temperature(log_likelihood, beta, self.ess_threshold)
@@ -159,7 +160,7 @@ class SMC(Draws):
                 if beta == 0.0 and beta_next == 1.0:
                     self.pareto_k = pareto_k(log_weight.flatten())
                 weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
-                metric = metric_from_draws(q, weight)
+                metric = cross_fitted_metric(q, weight, groups)
                 index = systematic_resample(log_weight, generator)
                 index = (index + per_island * torch.arange(islands, device=q.device)[:, None]).flatten()
                 beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
@@ -170,7 +171,7 @@ class SMC(Draws):
                     f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
                     f"accept={stage.acceptance:.2f} moves={stage.moves}"
                 )
-        self.tuning = Tuning(mover.step_size, mover.length.length, metric, target.level)
+        self.tuning = Tuning(mover.step_size, mover.length.length, target.level)
         self._finish(moved, log_evidence, math.sqrt(floor))
         return self
 

@@ -1,0 +1,236 @@
+"""Tempered SMC: weights and temperatures, evidence and posterior against exact answers, bad input."""
+
+import math
+
+import pytest
+import torch
+
+from exact_densities import BIASES, PROBLEMS, GaussianMixture, conjugate, statistics, two_modes
+from ifpyro.infer import SMC
+from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+# -- weights
+# -----------------------------------------------------------------------------------------------------------
+
+
+def test_effective_fraction():
+    log_weight = torch.tensor([[0.0, 0.0, 0.0, 0.0], [5.0, -math.inf, -math.inf, 5.0], [-math.inf] * 4])
+    torch.testing.assert_close(effective_fraction(log_weight), torch.tensor([1.0, 0.5, 0.0]))
+    torch.testing.assert_close(effective_fraction(log_weight[:2] - 1e4), torch.tensor([1.0, 0.5]))
+
+
+@pytest.mark.parametrize("scale", [10.0, 1e6, 1e12])
+@pytest.mark.parametrize("beta", [0.0, 1e-7])
+def test_next_temperature_keeps_what_was_asked(scale, beta):
+    log_likelihood = -scale * torch.rand(4, 500, generator=generator(), dtype=torch.float64)
+    after = next_temperature(log_likelihood, beta, 0.5)
+    kept = float(effective_fraction((after - beta) * log_likelihood).mean())
+    assert beta < after <= 1
+    assert kept == pytest.approx(0.5, abs=0.01)
+
+
+def test_next_temperature_goes_all_the_way_when_it_can_and_ignores_excluded_particles():
+    flat = torch.zeros(2, 100)
+    assert next_temperature(flat, 0.0, 0.5) == 1.0
+    flat[:, :80] = -math.inf  # 20% survive any temperature: not a reason to take tiny steps
+    assert next_temperature(flat, 0.0, 0.5) == 1.0
+
+
+def test_systematic_resampling_gives_each_particle_its_share():
+    log_weight = torch.randn(50, 64, generator=generator(), dtype=torch.float64)
+    log_weight[:, 0] = log_weight[:, -1] = -math.inf
+    index = systematic_resample(log_weight, generator(1))
+    expected = 64 * torch.softmax(log_weight, 1)
+    count = torch.stack([row.bincount(minlength=64) for row in index])
+    assert ((count >= expected.floor()) & (count <= expected.ceil())).all()
+    assert not (index == 0).any()
+    assert not (index == 63).any()
+
+
+# -- exactness
+# ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("biased", [False, True])
+def test_smc_is_exact(name, biased):
+    problem = PROBLEMS[name](bias=BIASES[name] * biased)
+    level = "coarse" if biased else None
+    smc = SMC(problem, 2048, num_islands=16, level=level, seed=3, progress=False).run()
+    assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.5
+    # Islands are independent: their spread is the error of the pooled estimate.
+    weight = smc.sample_stats()["log_weight"][:, 0].double().softmax(0)
+    for what, (values, exact) in statistics(problem, smc.positions()).items():
+        islands = values.double().mean(1)
+        mean = weight @ islands
+        error = float((weight.square() @ (islands - mean).square()).sqrt())
+        assert abs(float(mean) - exact) < 4 * error, (
+            f"{what}: {float(mean):.4f}, exact {exact:.4f} +- {error:.4f}"
+        )
+
+
+def test_the_standard_error_of_the_evidence_is_honest():
+    """Over repeated runs the evidence misses by as much as it says."""
+    z = []
+    for seed in range(30):
+        problem = two_modes(bias=0.1)
+        smc = SMC(problem, 256, num_islands=8, seed=seed, progress=False).run()
+        z.append((smc.log_evidence - problem.log_evidence) / smc.log_evidence_se)
+    assert 0.5 < float(torch.tensor(z).square().mean().sqrt()) < 1.6
+
+
+def test_narrow_likelihood_in_many_dimensions():
+    """32 of 64 coordinates seen through a mixing matrix with 3% noise: the evidence spans hundreds of
+    nats."""
+    mix = torch.linalg.qr(torch.randn(64, 64, generator=generator()))[0][:32]
+    y = mix @ torch.randn(64, generator=generator(4))
+    problem = GaussianMixture([1.0], torch.zeros(1, 64), torch.eye(64)[None], mix, y, 0.03)
+    smc = SMC(problem, 512, seed=1, progress=False).run()
+    assert abs(smc.log_evidence - problem.log_evidence) < 4 * smc.log_evidence_se < 4.0
+    assert smc.island_log_evidence.std() < 1.0
+    assert len(smc.stages) > 10
+
+
+def test_prior_draws_that_carry_the_weight_need_a_single_step():
+    problem = conjugate(sd=3.0)
+    smc = SMC(problem, 1024, num_islands=8, seed=1, progress=False).run()
+    assert [stage.beta for stage in smc.stages] == [1.0]
+    assert smc.pareto_k is not None
+    assert smc.pareto_k < 0.7
+    assert smc.attributes["pareto_k"] == smc.pareto_k
+    assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.2
+    assert SMC(conjugate(sd=0.05), 128, seed=1, progress=False).run().pareto_k is None
+
+
+# -- the result
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_draws_and_statistics():
+    smc = SMC(conjugate(bias=0.1), 64, num_islands=4, seed=1, progress=False).run()
+    assert smc.get_samples()["q"].shape == (64, 4)
+    assert smc.get_samples(group_by_chain=True)["q"].shape == (4, 16, 4)
+    stats = smc.sample_stats()
+    expected = "lp energy acceptance_rate diverging step_size n_steps fidelity_gap log_weight"
+    assert set(stats) == set(expected.split())
+    assert all(value.shape == (4, 16) for value in stats.values())
+    log_prior, log_likelihood = smc.model(smc.positions().reshape(64, 4))
+    torch.testing.assert_close(stats["lp"].flatten(), log_prior + log_likelihood)
+    assert (stats["energy"] > -stats["lp"]).all()
+    mean_weight = stats["log_weight"][:, 0].double().exp().mean()
+    assert float(mean_weight) == pytest.approx(1.0)
+    assert set(smc.diagnostics()) == {"q", "divergences"}
+
+
+def test_pooled_draws_weigh_islands_by_their_evidence():
+    smc = SMC(two_modes(), 64, num_islands=2, seed=1, progress=False).run()
+    smc._stats["log_weight"] = torch.tensor([math.log(1.5), math.log(0.5)])[:, None].expand(2, 32)
+    first = {tuple(row.tolist()) for row in smc.positions()[0]}
+    share = [tuple(row.tolist()) in first for row in smc.get_samples()["q"]]
+    assert sum(share) == 48
+    assert torch.equal(smc.get_samples()["q"], smc.get_samples()["q"])
+
+
+def test_seeds_decide_everything_and_the_global_generator_is_left_alone():
+    before = torch.get_rng_state()
+    one, same, other = (SMC(two_modes(), 64, seed=s, progress=False).run() for s in (1, 1, 2))
+    assert torch.equal(one.positions(), same.positions())
+    assert one.log_evidence == same.log_evidence != other.log_evidence
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_batch_size_changes_nothing_but_memory():
+    problem = two_modes()
+    whole = SMC(problem, 64, seed=1, progress=False).run()
+    sizes = []
+    call = type(problem).__call__
+
+    class Watched(type(problem)):
+        def __call__(self, q):
+            sizes.append(len(q))
+            return call(self, q)
+
+    problem.__class__ = Watched
+    parts = SMC(problem, 64, seed=1, batch_size=24, progress=False).run()
+    assert max(sizes) == 24
+    assert parts.log_evidence == pytest.approx(whole.log_evidence, abs=1e-6)
+
+
+# -- bad input
+# ---------------------------------------------------------------------------------------------------------
+
+
+class Broken:
+    """A standard normal prior with a likelihood to order."""
+
+    dim, gaussian_prior = 2, True
+
+    def __init__(self, log_likelihood):
+        self.log_likelihood = log_likelihood
+
+    def __call__(self, q):
+        return -0.5 * q.square().sum(-1), self.log_likelihood(q)
+
+    def sample_prior(self, num, generator):
+        return torch.randn(num, 2, generator=generator)
+
+    def sites(self, q):
+        return {"q": q}
+
+
+@pytest.mark.parametrize(
+    ("log_likelihood", "message"),
+    [
+        (lambda q: q[:, 0] * math.nan, "NaN at every one of 64 prior draws"),
+        (lambda q: q[:, 0] * 0 - math.inf, "impossible .* at every one of 64 prior draws"),
+        (lambda q: q[:, 0] * 0 + math.inf, r"\+inf at some of 64 prior draws"),
+        (
+            lambda q: torch.where(q[:, 0] > 1.9, 0.0, -math.inf),
+            "islands no particle has a positive likelihood",
+        ),
+    ],
+)
+def test_impossible_models(log_likelihood, message):
+    with pytest.raises(ValueError, match=message):
+        SMC(Broken(log_likelihood), 64, num_islands=16, seed=1, progress=False).run()
+
+
+def test_partly_undefined_likelihoods_count_as_impossible():
+    def half(q):
+        return torch.where(q[:, 0] > 0, -0.5 * (q[:, 0] - 1) ** 2, torch.nan)
+
+    with pytest.warns(UserWarning, match="NaN at .* prior draws"):
+        smc = SMC(Broken(half), 512, seed=1, progress=False).run()
+    assert (smc.positions()[..., 0] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_particles": 0}, "num_particles must be an integer of at least 2, got 0"),
+        ({"num_particles": 10, "num_islands": 4}, "multiple of num_islands"),
+        ({"num_particles": 4, "num_islands": 4}, "at least 2 each"),
+        ({"num_islands": -1}, "num_islands must be an integer of at least 1"),
+        ({"ess_threshold": 1.5}, "ess_threshold must be a number strictly between 0 and 1"),
+        ({"max_moves": 0}, "max_moves"),
+        ({"seed": -3}, "seed must be an integer of at least 0"),
+        ({"batch_size": 0}, "batch_size"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        SMC(conjugate(), **options)
+
+
+def test_misuse():
+    with pytest.raises(TypeError, match="particles"):
+        SMC(conjugate(), particles=10)
+    with pytest.raises(TypeError, match="expects no arguments"):
+        SMC(conjugate(), 64, progress=False).run(1.0)
+    with pytest.raises(RuntimeError, match="holds no draws"):
+        SMC(conjugate(), 64).get_samples()
