@@ -699,7 +699,7 @@ BAD = {
     "log_likelihood, no model": ({"model": None, "args": None, "log_likelihood": True}, ValueError, "model="),
     "prior, no model": ({"model": None, "args": None, "prior": 5}, ValueError, "model="),
     "log_likelihood of no data": (
-        {"result": {"z": draws(4)}, "model": local, "args": (Y,), "log_likelihood": True},
+        {"result": {"z": draws(4), "y": draws(4)}, "model": local, "args": (Y,), "log_likelihood": True},
         ValueError,
         "no site is observed",
     ),
