@@ -169,6 +169,21 @@ def centred_by_the_batch(y):
     pyro.sample("y", dist.Normal(centred.sum(-1), 0.5), obs=y)
 
 
+def rounded_leak(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x + 1e-3 * torch.round(x.sum() / 30), 0.5), obs=y)
+
+
+def leak_from_far_draws(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(50 * x / x.abs().max().clamp(min=50.0), 0.5), obs=y)
+
+
+def detached_leak(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x + 1e-4 * (x.detach().max() > 20), 0.5), obs=y)
+
+
 def square_matrix(y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([5]).to_event(1))
     matrix = torch.linspace(-1, 1, 25).reshape(5, 5)
@@ -243,6 +258,9 @@ CASES: dict[str, Case] = {
     "from the left": Case(from_the_left, (_y,), batching="vmap"),
     "mean over everything": Case(mean_over_everything, (_y,), batching="vmap"),
     "weak leak": Case(weak_leak, (_y,), batching="vmap"),
+    "rounded leak": Case(rounded_leak, (_y,), batching="vmap"),
+    "leak from far draws": Case(leak_from_far_draws, (_y,), batching="vmap"),
+    "detached leak": Case(detached_leak, (_y,), batching="vmap"),
     "centred by the batch": Case(centred_by_the_batch, (_y,), batching="vmap"),
     "square matrix": Case(square_matrix, (_data(5),), batching="vmap"),
     "branching": Case(branching, (_y,), batching="loop"),

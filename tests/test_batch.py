@@ -339,6 +339,44 @@ def test_branches_on_latents_are_seen(form):
     assert BatchedModel(model, (torch.tensor(0.3),)).batching == "loop"
 
 
+class _Opaque(torch.autograd.Function):
+    """An operation that torch.func cannot see into."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return 2 * g
+
+
+@pytest.mark.parametrize(("branch", "expected"), [(True, "loop"), (False, "plate")])
+def test_branches_are_seen_where_vmap_fails(branch, expected):
+    def model(y):
+        x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        doubled = _Opaque.apply(x)
+        if branch and x.sum() > 50:
+            doubled = doubled + 1
+        pyro.sample("y", dist.Normal(doubled, 0.5), obs=y)
+
+    assert BatchedModel(model, (torch.tensor(0.3),)).batching == expected
+
+
+def test_padding_and_empty_sites():
+    """Leading ones of a batch shape, and a site without entries."""
+
+    def model(y):
+        pyro.sample("nothing", dist.Normal(torch.zeros(0, 3), 1.0).to_event(2))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([1, 1, 4]).to_event(1))
+        pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=y)
+
+    batched = BatchedModel(model, (torch.zeros(1, 1),))
+    assert (batched.batching, batched.prior_batching) == ("plate", "plate")
+    q = batched.sample_prior(3, generator())
+    torch.testing.assert_close(batched(q)[1], dist.Normal(q.sum(-1), 0.5).log_prob(torch.zeros(3)))
+
+
 def test_an_impossible_batching_is_refused():
     with pytest.raises(ValueError, match=r"batching='plate' is wrong.*'y'"):
         build("mean over everything", batching="plate")
