@@ -37,8 +37,7 @@ def random_start(dim=3, n=5):
     return [torch.randn(n, dim, generator=g, dtype=torch.float64) for _ in range(2)]
 
 
-# -- the integrator
-# ----------------------------------------------------------------------------------------------------
+# -- the integrator --------------------------------------------------------------------------------
 
 
 def test_leapfrog_reaches_the_known_end_of_a_quarter_turn():
@@ -121,8 +120,7 @@ def test_metric_whitens_and_its_maps_are_transposes():
     assert metric_from_draws(draws[:1].expand(50, -1)).scale.isfinite().all()
 
 
-# -- adaptation
-# --------------------------------------------------------------------------------------------------------
+# -- adaptation ------------------------------------------------------------------------------------
 
 
 def test_harmonic_mean_survives_what_is_not_a_number():
@@ -173,7 +171,7 @@ def test_step_size_is_not_ruled_by_the_gap_between_guide_and_fine_density():
 
 
 def test_a_hopeless_guide_is_given_up():
-    for bias, expected in ((0.02, "coarse"), (3.0, "8")):  # the fake is exact at any level but "coarse"
+    for bias, expected in ((0.02, "coarse"), (3.0, "8")):  # only "coarse" is biased
         mcmc = MCMC(HMC(conjugate(bias=bias, sd=0.2)), 5, 30, 32, seed=1, progress=False).run()
         assert mcmc.attributes["guide_level"] == expected
     target = Target(conjugate())
@@ -182,8 +180,7 @@ def test_a_hopeless_guide_is_given_up():
     assert target.one_level
 
 
-# -- jumps
-# -------------------------------------------------------------------------------------------------------------
+# -- jumps -----------------------------------------------------------------------------------------
 
 
 def test_the_proposal_is_the_density_of_its_draws():
@@ -223,8 +220,7 @@ def test_pad_rows():
     assert torch.equal(pad_rows(q[:3], 10)[:3], q[:3])
 
 
-# -- the kernel
-# --------------------------------------------------------------------------------------------------------
+# -- the kernel ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

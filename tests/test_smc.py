@@ -14,8 +14,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# -- weights
-# -----------------------------------------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def test_effective_fraction():
@@ -52,8 +51,7 @@ def test_systematic_resampling_gives_each_particle_its_share():
     assert not (index == 63).any()
 
 
-# -- exactness
-# ---------------------------------------------------------------------------------------------------------
+# -- exactness -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
@@ -107,8 +105,7 @@ def test_prior_draws_that_carry_the_weight_need_a_single_step():
     assert SMC(conjugate(sd=0.05), 128, seed=1, progress=False).run().pareto_k is None
 
 
-# -- the result
-# --------------------------------------------------------------------------------------------------------
+# -- the result ------------------------------------------------------------------------------------
 
 
 def test_draws_and_statistics():
@@ -161,8 +158,7 @@ def test_batch_size_changes_nothing_but_memory():
     assert parts.log_evidence == pytest.approx(whole.log_evidence, abs=1e-6)
 
 
-# -- bad input
-# ---------------------------------------------------------------------------------------------------------
+# -- bad input -------------------------------------------------------------------------------------
 
 
 class Broken:

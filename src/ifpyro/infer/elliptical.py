@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ifpyro.fidelity import Level
-from ifpyro.infer.kernel import Kernel, Stats
+from ifpyro.infer.kernel import SHORT, Kernel, Stats
 from ifpyro.infer.smc import SMC
 from ifpyro.infer.target import Target, Value, pad_rows
 
@@ -68,10 +68,8 @@ class EllipticalSlice(Kernel[SliceState]):
                 "this model has another prior: use HMC or SMC"
             )
         self._target, self._generator = target, generator
-        self._half = warmup_steps // 2
-        fine = target.fine(q)
-        target.choose_level(q, fine)
-        return self._place(q, fine)
+        self._half = warmup_steps // 2 if warmup_steps >= SHORT else -1
+        return self._place(q, self.settle(target, q, warmup_steps, particles))
 
     def warm_up(self, state: SliceState, step: int) -> tuple[SliceState, Stats]:
         """See `Kernel.warm_up`. Nothing is tuned but the guide, half-way."""

@@ -22,7 +22,7 @@ from ifpyro.infer.adaptation import DualAveraging, TrajectoryLength, harmonic_me
 from ifpyro.infer.arguments import check_choice, check_count, check_fraction, check_positive
 from ifpyro.infer.hamiltonian import Info, State
 from ifpyro.infer.independence import IndependenceProposal, jump
-from ifpyro.infer.kernel import Kernel, Stats
+from ifpyro.infer.kernel import SHORT, Kernel, Stats
 from ifpyro.infer.metric import Metric, metric_from_draws
 from ifpyro.infer.smc import SMC
 from ifpyro.infer.target import Target
@@ -100,12 +100,10 @@ class HMC(Kernel[State]):
         self._jump_acceptance: list[Tensor] = []
         self._index = 0
         self._window_ends = (
-            {round(fraction * warmup_steps) for fraction in WINDOWS} if warmup_steps >= 20 else set()
+            {round(fraction * warmup_steps) for fraction in WINDOWS} if warmup_steps >= SHORT else set()
         )
         self._last_window = max(self._window_ends, default=0)
-        fine = target.fine(q)
-        target.choose_level(q, fine)
-        return hamiltonian.start(target, q, fine)
+        return hamiltonian.start(target, q, self.settle(target, q, warmup_steps, particles))
 
     def warm_up(self, state: State, step: int) -> tuple[State, Stats]:
         """See `Kernel.warm_up`."""

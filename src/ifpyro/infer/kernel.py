@@ -9,7 +9,10 @@ from torch import Tensor
 from ifpyro.fidelity import Level
 from ifpyro.infer.resolve import check_model
 from ifpyro.infer.smc import SMC
-from ifpyro.infer.target import Target
+from ifpyro.infer.target import Target, Value
+
+SHORT = 20
+"""Warm-ups shorter than this renew nothing on the way."""
 
 S = TypeVar("S")
 """What the kernel's chains carry."""
@@ -47,6 +50,21 @@ class Kernel(ABC, Generic[S]):
             warmup_steps: how many calls of `warm_up` will follow.
             particles: the SMC run the starts come from, if they do.
         """
+
+    @staticmethod
+    def settle(target: Target, q: Tensor, warmup_steps: int, particles: SMC | None) -> Value:
+        """The fine density at the starts ``q``, and a guide that chains can leave them with.
+
+        Far from the posterior a guide can be wrong by any amount, and a chain at a point that the guide finds
+        much worse than the fine density does would never leave: from starts of unknown quality, use the fine
+        density until the kernel first renews its guide.
+        """
+        fine = target.fine(q)
+        if particles is None and warmup_steps >= SHORT and not target.one_level:
+            target.level = "fine"
+        else:
+            target.choose_level(q, fine)
+        return fine
 
     @abstractmethod
     def warm_up(self, state: S, step: int) -> tuple[S, Stats]:

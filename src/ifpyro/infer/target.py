@@ -59,7 +59,7 @@ class Target:
         self.density = density
         self.batch_size = batch_size
         self.level: Level = "coarse" if level is None else level
-        self.adaptive_level = level is None
+        self._asked = level
         self.one_level = False
         """Whether guide and fine density were found to be the same function (no flow inside)."""
         self._undefined = 0
@@ -93,12 +93,15 @@ class Target:
         when this is at least 0.5 on average over pairs of draws, and 0.1 from all but a twentieth of them (no
         sticky draws).
 
+        A level the user asked for is taken as it is.
+
         Returns:
             Whether the level changed (the gradients in hand are then stale).
         """
-        if not self.adaptive_level or self.one_level:
-            return False
         before = self.level
+        if self._asked is not None or self.one_level:
+            self.level = self._asked or "coarse"
+            return self.level != before
         for level in LADDER:
             self.level = level
             if level == "fine":
