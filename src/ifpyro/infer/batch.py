@@ -104,14 +104,12 @@ class BatchedModel:
             probes = collect_probes(self._runner)
             if invalid is not None:
                 raise invalid
-            self._runner.parameters = probes.parameters
             self.gaussian_prior: bool = probes.gaussian_prior
             self._verifier = Verifier(self._runner, probes)
             self._trusted: dict[_What, set[int]] = {what: {1, *probes.sizes} for what in _SUBJECTS}
             self._ways: dict[_What, Batching] = {}
-            with self._runner.quiet():
-                for what in _SUBJECTS:
-                    self._ways[what] = self._choose(what, _ORDER)
+            for what in _SUBJECTS:
+                self._ways[what] = self._choose(what, _ORDER)
 
     @property
     def batching(self) -> Batching:
@@ -139,7 +137,7 @@ class BatchedModel:
             ValueError: if ``q`` has another shape.
         """
         n = self._check(q)
-        with self._runner.quiet():
+        with pyro.validation_enabled(False):
             if self._batch_size is not None and n > self._batch_size:
                 totals: Totals = InChunks.apply(q, self._totals, self._batch_size)
                 return totals
@@ -156,7 +154,7 @@ class BatchedModel:
         like = torch.empty(0, device=self.device)
         size = min(self._batch_size or num, num)
         counts = [min(size, num - start) for start in range(0, num, size)]
-        with self._runner.quiet(), torch.no_grad():
+        with pyro.validation_enabled(False), torch.no_grad():
             with seeded(0, self.device):  # apart from the draws, which depend on the generator alone
                 self._verify_size("prior", size, like)
             with seeded(seed, self.device):
@@ -165,7 +163,7 @@ class BatchedModel:
     def sites(self, q: Tensor) -> dict[str, Tensor]:
         """Every latent and deterministic site in the user's space, name to ``(n, *shape)``, detached."""
         n = self._check(q)
-        with self._runner.quiet(), torch.no_grad():
+        with pyro.validation_enabled(False), torch.no_grad():
             parts = [self._values(chunk) for chunk in q.detach().split(self._batch_size or n)]
         return {name: torch.cat([part[name] for part in parts]) for name in self._layout.shapes}
 
@@ -184,7 +182,7 @@ class BatchedModel:
         """
         given = {name: torch.as_tensor(value, device=self.device) for name, value in values.items()}
         n = self._check_values(given)
-        with self._runner.quiet(), torch.no_grad():
+        with pyro.validation_enabled(False), torch.no_grad():
             q: Tensor = self._runner.invert(self.site_batching, given, n)
         back = self.sites(q)
         for name, value in given.items():

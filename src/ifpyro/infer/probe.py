@@ -25,7 +25,6 @@ class Probes:
         gradients: of log-prior and log-likelihood, each ``(n, dim)``.
         sizes: the two batch sizes to verify with; they add up to ``n``.
         gaussian_prior: whether the prior of ``q`` is N(0, I).
-        parameters: leaf tensors inside the model that ask for gradients.
     """
 
     q: Tensor
@@ -33,7 +32,6 @@ class Probes:
     gradients: tuple[Tensor, Tensor]
     sizes: tuple[int, int]
     gaussian_prior: bool
-    parameters: list[Tensor]
 
     def groups(self) -> Iterator["Probes"]:
         """The probes split into the two batches."""
@@ -60,13 +58,11 @@ def collect_probes(runner: Runner) -> Probes:
 
     singles: list[Evaluate] = []
     gradients: list[tuple[Tensor, Tensor]] = []
-    parameters: dict[int, Tensor] = {}
     for point in points:
         q = point.detach().requires_grad_(True)
         with torch.enable_grad():
             run = runner.single(q)
             terms = run.totals()
-        parameters |= {id(leaf): leaf for leaf in _leaves(terms, q)}
         gradients.append((gradient(terms[0], q), gradient(terms[1], q)))
         for store in (run.log_prior, run.log_likelihood, run.values):
             store.update({name: value.detach() for name, value in store.items()})
@@ -74,7 +70,7 @@ def collect_probes(runner: Runner) -> Probes:
     prior, likelihood = (torch.stack(list(column)) for column in zip(*gradients, strict=True))
     _require_finite_gradients(prior + likelihood, layout)
     gaussian = has_gaussian_prior(runner, points[0])
-    return Probes(points, singles, (prior, likelihood), sizes, gaussian, list(parameters.values()))
+    return Probes(points, singles, (prior, likelihood), sizes, gaussian)
 
 
 def _prior_draw(runner: Runner) -> FromPrior:
@@ -165,22 +161,6 @@ def _require_finite_gradients(total: Tensor, layout: Layout) -> None:
                 "although the density is. A torch.where or mask does not keep a NaN or infinity out of the "
                 "gradient: replace such values before they enter the density."
             )
-
-
-def _leaves(terms: tuple[Tensor, ...], q: Tensor) -> list[Tensor]:
-    """Every leaf tensor other than ``q`` to which the terms would send gradients (network parameters)."""
-    found, seen = [], set()
-    stack = [term.grad_fn for term in terms if term.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and leaf is not q:
-            found.append(leaf)
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return found
 
 
 def _probe_sizes(taken: set[int]) -> tuple[int, int]:

@@ -3,11 +3,9 @@
 Nothing here asks whether a way is right for the model; `ifpyro.infer.verify` does.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Literal
 
-import pyro
 import torch
 from torch import Tensor
 
@@ -32,27 +30,12 @@ class Runner:
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout
     ) -> None:
         self.model, self.args, self.kwargs, self.layout = model, args, kwargs, layout
-        self.parameters: list[Tensor] = []
-        """Leaf tensors inside the model that would ask for gradients, such as network weights."""
 
     def run(self, handler: Any) -> Any:
         """Execute the model under a handler and return the handler."""
         with handler:
             self.model(*self.args, **self.kwargs)
         return handler
-
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
-        """Without Pyro's validation and without gradients to the model's parameters."""
-        frozen = [p for p in self.parameters if p.requires_grad]
-        with pyro.validation_enabled(False):
-            try:
-                for parameter in frozen:
-                    parameter.requires_grad_(False)
-                yield
-            finally:
-                for parameter in frozen:
-                    parameter.requires_grad_(True)
 
     def single(self, row: Tensor) -> Evaluate:
         """All terms of one draw, ``(dim,)``."""
