@@ -1,7 +1,11 @@
 """Inflationary flows as Pyro priors: train on samples, infer on the Gaussian latent, read the answer in ArviZ."""
 
+from typing import Any
+
 from .fidelity import fidelity
 from .flow import InflationaryFlow
+from .infer import HMC, MCMC, SMC, EllipticalSlice
+from .infer.reparam import reparam
 from .prior import FlowTransform
 from .schedule import Schedule
 from .storage import load_flow as load
@@ -9,4 +13,25 @@ from .training import fit
 
 __version__ = "0.1.0"
 
-__all__ = ["FlowTransform", "InflationaryFlow", "Schedule", "fidelity", "fit", "load"]
+__all__ = [
+    "HMC",
+    "MCMC",
+    "SMC",
+    "EllipticalSlice",
+    "FlowTransform",
+    "InflationaryFlow",
+    "Schedule",
+    "fidelity",
+    "fit",
+    "load",
+    "reparam",
+    "to_arviz",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "to_arviz":  # ArviZ takes seconds to import, and training and sampling do not need it
+        from .arviz import to_arviz
+
+        return to_arviz
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -49,7 +49,8 @@ class InflationaryFlow(nn.Module):
         support: a torch constraint that the data obey; real by default.
         grid: the fine solver grid, the map that *is* the model.
         coarse_steps: steps of the cheap map used under ``ifpyro.fidelity("coarse")``.
-        refinements: fixed-point iterations per step of the inverse.
+        refinements: fixed-point iterations per step of the inverse in single precision; a flow in double precision
+            makes two more.
         report: what training and checks measured (plain data).
     """
 
@@ -288,8 +289,9 @@ class InflationaryFlow(nn.Module):
         log_det = self.basis.log_det().expand(len(y))
         probes = self._probes(y) if with_log_det else None
         solver = self._solver(y)
+        iterations = self.refinements + (2 if self.dtype == torch.double else 0)
         for step, guess in zip(reversed(solver.to_data), solver.to_latent, strict=True):
-            y = invert(self.velocity, step, guess, y, self.refinements)
+            y = invert(self.velocity, step, guess, y, iterations)
             if with_log_det:
                 log_det = log_det + self._take_with_log_det(step, y, probes)[1]
         return y.reshape(*batch, self.latent_dim), -(log_det.reshape(batch) + bijection_log_det)
@@ -343,9 +345,11 @@ class InflationaryFlow(nn.Module):
 
     def _solver(self, like: Tensor, grid: Grid | None = None) -> Solver:
         grid = grid or self._current_grid()
-        key = (grid, like.dtype, like.device)
-        if any(p.requires_grad for p in self.velocity.parameters()):
+        parameters = list(self.velocity.parameters())
+        if any(p.requires_grad for p in parameters):
             return build_solver(self.velocity, self.angles, grid, like)  # embeddings carry a graph: never shared
+        versions = tuple(p._version for p in parameters)  # a network that was trained on has other embeddings
+        key = (grid, like.dtype, like.device, versions)
         if key not in self._solvers:
             # A plain tensor stands for `like`, which may be a wrapper of torch.func that must not outlive its call.
             with torch.no_grad():

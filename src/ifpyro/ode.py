@@ -16,7 +16,6 @@ evaluated, and
 Tableaux: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (1993), section II.1 and table 5.2.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -271,5 +270,5 @@ def _velocity_and_products(
     def product(direction: Tensor) -> tuple[Tensor, Tensor]:
         return torch.func.jvp(value, (y,), (direction,))
 
-    products: Callable[..., tuple[Tensor, Tensor]] = torch.func.vmap(product, out_dims=(None, 0))
-    return products(directions)
+    values, products = torch.func.vmap(product)(directions)
+    return values[0], products
