@@ -196,6 +196,19 @@ def test_impossible_models(log_likelihood, message):
         SMC(Broken(log_likelihood), 64, num_islands=16, seed=1, progress=False).run()
 
 
+def test_a_model_that_fails_on_the_way():
+    calls = []
+
+    def later(q):
+        calls.append(len(q))
+        if len(calls) > 20:
+            raise ValueError("bad scale")
+        return -50 * (q - 1).square().sum(-1)
+
+    with pytest.raises(RuntimeError, match=r"inverse temperature .*ValueError: bad scale"):
+        SMC(Broken(later), 64, seed=1, progress=False).run()
+
+
 def test_partly_undefined_likelihoods_count_as_impossible():
     def half(q):
         return torch.where(q[:, 0] > 0, -0.5 * (q[:, 0] - 1) ** 2, torch.nan)

@@ -164,7 +164,13 @@ class SMC(Draws):
                 index = systematic_resample(log_weight, generator)
                 index = (index + per_island * torch.arange(islands, device=q.device)[:, None]).flatten()
                 beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
-                moved = mover.run(q, fine, beta, metric)
+                try:
+                    moved = mover.run(q, fine, beta, metric)
+                except Exception as error:
+                    raise RuntimeError(
+                        f"the model failed while particles moved at inverse temperature {beta:.3g} "
+                        f"({type(error).__name__}: {error}); there are no posterior draws before it reaches 1"
+                    ) from error
                 q, fine, stage = moved.state.q, moved.state.fine, moved.stage
                 self.stages.append(stage)
                 bar.set_postfix_str(
