@@ -126,9 +126,9 @@ def _decorrelated(history: list[float], num_particles: int) -> bool:
     Moving less looks harmless and is not: particles that keep their log-likelihood carry their weights' luck
     from one temperature to the next, and every island then misses the evidence alike, so that their
     spread does not show it. The second rule is for separated modes: no local move removes the correlation
+    that says which mode a particle is in.
     """
     if len(history) < MIN_MOVES:
-    that says which mode a particle is in.
         return False
     if history[-1] < max(CORRELATION, 1.5 * num_particles**-0.5):
         return True
