@@ -42,13 +42,13 @@ posterior = ifpyro.to_arviz(smc, progress=False)
 az.summary(posterior, var_names=["x"])
 
 # %% [markdown]
-# `x` is the quantity itself; its Gaussian latent is in the same object under the name `x_base`. The chains of the summary
-# are independent islands of particles, so R-hat compares answers that were found separately.
+# `x` is the quantity itself; its Gaussian latent is in the same object under the name `x_base`. The chains of the
+# summary are independent islands of particles, so R-hat compares answers that were found separately.
 #
 # ## What happened
 #
-# The flow carries data to a Gaussian latent and back. On the left the prior, drawn from the flow, over the samples it was
-# trained on; on the right the posterior, which has one mode in each arm of the moons that crosses the measured height.
+# The flow carries data to a Gaussian latent and back. On the left the prior, drawn from the flow, over the samples it
+# was trained on; on the right the posterior, which has one mode in each arm of the moons that crosses the measured height.
 
 # %%
 draws = smc.get_samples()["x"]

@@ -1,5 +1,7 @@
 """The axes of a flow: mean, rotation and scales of the data."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +52,19 @@ class Basis(nn.Module):
             raise ValueError(
                 f"expected columns that are linearly independent, but columns {columns} (among others) are collinear: "
                 f"the data's smallest scale is {float(scale[-1] / scale[0]):.1e} of the largest (limit "
-                f"{_COLLINEAR:.0e}). Drop redundant columns or add a little noise to them"
+                f"{_COLLINEAR:.0e}). Drop redundant columns, bring columns of very unlike units to a "
+                "common scale, or add a little noise"
             )
         return cls(mean.to(like), rotation.to(like), scale.to(like))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Basis":
+        before = self.rotation.dtype
+        super()._apply(fn, recurse)
+        if self.rotation.dtype.itemsize > before.itemsize:
+            # Columns that were orthonormal to single precision would limit the round trip in double precision.
+            q, r = torch.linalg.qr(self.rotation)
+            self.rotation = q * r.diagonal().sign()
+        return self
 
     @property
     def dim(self) -> int:

@@ -1,8 +1,8 @@
 """The main job on real data: half of a scanned digit is hidden, the rest noisy; what was the digit?
 
 The 1,797 digits that scikit-learn ships are dequantised (a pixel value ``v`` in 0..16 becomes ``(v + u)/17``, ``u``
-uniform), a flow is trained on four fifths of them, and the posterior over one held-out image is sampled through the flow
-by tempered SMC, in four islands that check one another.
+uniform), a flow is trained on four fifths of them, and the posterior over one held-out image is sampled through the
+flow by tempered SMC, in four islands that check one another.
 """
 
 import time

@@ -79,6 +79,8 @@ class InflationaryFlow(nn.Module):
         self.report = report or {}
         self.angles: Angles = schedule.angles(basis.scale)
         self._solvers: dict[Any, Solver] = {}
+        self._solved_state: tuple[Any, ...] = ()
+        self._solved_weights: list[Tensor] = []
         self.eval()
         self.requires_grad_(False)
 
@@ -94,8 +96,8 @@ class InflationaryFlow(nn.Module):
     ) -> "InflationaryFlow":
         """The exact flow of a Gaussian mixture: nothing is trained.
 
-        Its density is that of the smoothed mixture: at the noise floor, in standardised coordinates, component ``k`` has
-        mean ``c m_k`` and covariance ``c Sigma_k c + sin(theta_0)^2`` with ``c = diag(cos theta_0)``.
+        Its density is that of the smoothed mixture: at the noise floor, in standardised coordinates, component ``k``
+        has mean ``c m_k`` and covariance ``c Sigma_k c + sin(theta_0)^2`` with ``c = diag(cos theta_0)``.
 
         Args:
             weights: ``(K,)``, positive; normalised to sum to one.
@@ -221,7 +223,7 @@ class InflationaryFlow(nn.Module):
         return times, (torch.stack(states) * sd).unflatten(1, batch)
 
     def participation_ratio(self, t: Tensor | None = None) -> Tensor:
-        """``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance at times ``t`` (default: its end): the paper's dimension.
+        """The paper's dimension, ``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance, at times ``t`` (default: 1).
 
         Source: de Albuquerque & Pearson 2024, section 3; constant in a preserving flow.
         """
@@ -263,9 +265,7 @@ class InflationaryFlow(nn.Module):
         self, state: Tensor, *, to_data: bool, rtol: float = 1e-6, atol: float = 1e-6, log_det: bool = False
     ) -> tuple[Tensor, Tensor]:
         """The ODE itself in standardised coordinates ``(n, D)``, by torchdiffeq's adaptive steps: an oracle."""
-        return solve_adaptive(
-            self.velocity, self.angles, state, to_data=to_data, rtol=rtol, atol=atol, log_det=log_det
-        )
+        return solve_adaptive(self.velocity, self.angles, state, to_data=to_data, rtol=rtol, atol=atol, log_det=log_det)
 
     # -- internals --------------------------------------------------------------------------------------------------
 
@@ -321,9 +321,7 @@ class InflationaryFlow(nn.Module):
         log_det = self._bijection_log_det(bijection, free, x) if with_log_det else 0.0
         return self.basis.to_standard(free.reshape(-1, self.latent_dim)), batch, log_det
 
-    def _unstandardise(
-        self, y: Tensor, batch: torch.Size, with_log_det: bool
-    ) -> tuple[Tensor, Tensor | float]:
+    def _unstandardise(self, y: Tensor, batch: torch.Size, with_log_det: bool) -> tuple[Tensor, Tensor | float]:
         free = self.basis.from_standard(y)
         bijection = self.bijection()
         if bijection is None:
@@ -340,16 +338,23 @@ class InflationaryFlow(nn.Module):
 
     def _bijection_log_det(self, bijection: Transform, free: Tensor, x: Tensor) -> Tensor:
         log_det = bijection.log_abs_det_jacobian(free, x)
-        extra = len(self.event_shape) - bijection.codomain.event_dim
+        # What torch leaves to be summed is what its result has beyond the batch: a stack's declared event axes do not
+        # say, because torch does not sum over the stacked axis.
+        extra = log_det.ndim - (x.ndim - len(self.event_shape))
         return log_det.flatten(-extra).sum(-1) if extra else log_det
 
     def _solver(self, like: Tensor, grid: Grid | None = None) -> Solver:
         grid = grid or self._current_grid()
-        parameters = list(self.velocity.parameters())
-        if any(p.requires_grad for p in parameters):
-            return build_solver(self.velocity, self.angles, grid, like)  # embeddings carry a graph: never shared
-        versions = tuple(p._version for p in parameters)  # a network that was trained on has other embeddings
-        key = (grid, like.dtype, like.device, versions)
+        weights = [*self.velocity.parameters(), *self.velocity.buffers()]
+        if any(w.requires_grad or _is_wrapped(w) for w in weights):
+            return build_solver(self.velocity, self.angles, grid, like)  # of this call alone: never shared
+        # A network that was trained on, or replaced, has other embeddings. Storage is told apart by its address, so
+        # it is kept alive for as long as the embeddings are.
+        state = tuple((w.data_ptr(), w._version) for w in weights)
+        if state != self._solved_state:
+            self._solvers.clear()
+            self._solved_state, self._solved_weights = state, [w.detach() for w in weights]
+        key = (grid, like.dtype, like.device)
         if key not in self._solvers:
             # A plain tensor stands for `like`, which may be a wrapper of torch.func that must not outlive its call.
             with torch.no_grad():
@@ -393,11 +398,15 @@ class InflationaryFlow(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_solvers": {}}
+        return {**self.__dict__, "_solvers": {}, "_solved_state": (), "_solved_weights": []}
 
     def extra_repr(self) -> str:
         """Event shape, latent dimension and solver."""
         return f"event_shape={tuple(self.event_shape)}, latent_dim={self.latent_dim}, grid={self.grid}"
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
 
 
 def _log_normal(z: Tensor) -> Tensor:

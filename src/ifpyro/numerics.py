@@ -20,8 +20,9 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
     """Give the flow the fewest steps whose step-doubling error is within tolerance, its coarse map, and its inverse.
 
     The error of a grid is the root-mean-square difference, in units of the data's standard deviations, between decoding
-    with it and with twice its steps, over the latents of held-out rows. The coarse map is the cheapest one
-    whose error is below a hundredth of a standard deviation; the inverse is refined until it closes the round trip. What was measured goes into ``flow.report["numerics"]``.
+    with it and with twice its steps, over the latents of held-out rows. The coarse map is the cheapest one whose error
+    is below a hundredth of a standard deviation; the inverse is refined until it closes the round trip. What was
+    measured goes into ``flow.report["numerics"]``.
 
     Args:
         flow: the flow; its ``grid`` and ``coarse_steps`` are replaced.

@@ -185,8 +185,8 @@ def invert(velocity: Velocity, step: Step, guess: Step, target: Tensor, iteratio
     """The ``y`` with ``Phi(y) = target``, by iterating on the argument of a step ``Psi`` the other way.
 
     With ``y = Psi(r)`` the iteration ``r <- r + (target - Phi(Psi(r)))`` contracts with ``|I - Phi' Psi'|``, the local
-    error of the method, however strongly the flow itself stretches or squeezes. The number of iterations is fixed rather
-    than decided by a tolerance, so that a row's result cannot depend on its batch mates.
+    error of the method, however strongly the flow itself stretches or squeezes. The number of iterations is fixed
+    rather than decided by a tolerance, so that a row's result cannot depend on its batch mates.
     """
     root = target
     y = take(velocity, guess, root)
@@ -268,7 +268,8 @@ def _velocity_and_products(
         return velocity(state, embedding)
 
     def product(direction: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.func.jvp(value, (y,), (direction,))
+        primal, tangent = torch.func.jvp(value, (y,), (direction,))[:2]
+        return primal, tangent
 
     values, products = torch.func.vmap(product)(directions)
     return values[0], products

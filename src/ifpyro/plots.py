@@ -11,9 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def image_rows(
-    rows: Sequence[tuple[str, Any]], *, vmin: float = 0.0, vmax: float = 1.0, title: str = ""
-) -> "Figure":
+def image_rows(rows: Sequence[tuple[str, Any]], *, vmin: float = 0.0, vmax: float = 1.0, title: str = "") -> "Figure":
     """Rows of grey-scale images under captions.
 
     Args:
@@ -35,9 +33,7 @@ def image_rows(
     return figure
 
 
-def posterior_images(
-    observation: Any, draws: Any, truth: Any, *, shown: int = 8, title: str = ""
-) -> "Figure":
+def posterior_images(observation: Any, draws: Any, truth: Any, *, shown: int = 8, title: str = "") -> "Figure":
     """An image posterior at a glance: observation, mean, standard deviation, truth; below, draws.
 
     Args:

@@ -19,9 +19,9 @@ class FlowTransform(TransformModule):
     shape. A plain call solves the flow without a log-determinant, because inference on the latent needs none;
     ``log_abs_det_jacobian(z, x)`` is then one pass of Jacobians from ``z``, and never inverts anything.
 
-    With ``cache_size=1`` a call also computes the log-determinant, in the same solve, and remembers ``(z, x, log_det)``:
-    ``inv(x)`` and ``log_abs_det_jacobian(z, x)`` after it cost nothing, and likewise after an inverse call. A remembered
-    result that carries an autograd graph is handed out once, and not at all after a backward pass went through it, so
+    With ``cache_size=1`` a call also computes the log-determinant, in the same solve, and remembers ``(z, x,
+    log_det)``: ``inv(x)`` and ``log_abs_det_jacobian(z, x)`` after it cost nothing, and likewise after an inverse call.
+    A remembered result that carries an autograd graph is handed out once, and not at all after a backward pass went through it, so
     that no graph can be run backward a second time.
 
     Args:
@@ -61,9 +61,10 @@ class FlowTransform(TransformModule):
     @property
     def inv(self) -> "InverseFlowTransform":
         """The map from data to latent; ``t.inv.inv is t``."""
-        if self._inv is None:
-            self._inv = InverseFlowTransform(self)
-        return self._inv
+        inverse: InverseFlowTransform | None = self.__dict__.get("_inv")
+        if inverse is None:
+            inverse = self._inv = InverseFlowTransform(self)
+        return inverse
 
     def with_cache(self, cache_size: int = 1) -> "FlowTransform":
         """The same flow with another cache size."""
@@ -116,7 +117,7 @@ class InverseFlowTransform(_InverseTransform):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._inv._inv = self  # a copy's inverse's inverse is the copy
+        state["_inv"]._inv = self  # a copy's inverse's inverse is the copy
 
 
 class _Memory:

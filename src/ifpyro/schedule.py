@@ -30,7 +30,7 @@ schedule           line of axis ``j``                       meaning
 ``preserving``     ``o = 0``, ``a = 1``                     one angle for all axes: participation ratio is constant
 ``reducing``       ``o = -log s_j``, ``a = (1 + g_j)/2``    ``C_jj = gamma0 exp(rho (1 + g_j) t)``: axes off the kept
                                                             ``K`` inflate slower, and are compressed after rescaling
-``details_first``  ``o = -p log s_j``, ``a = 1``            small-variance axes inflate earlier; ``p = 1`` is equal noise
+``details_first``  ``o = -p log s_j``, ``a = 1``            small variances inflate earlier; ``p = 1`` is equal noise
 ``exponential``    ``reducing`` with explicit numbers       the paper's ``(gamma0, rho, g, T)``, in the paper's own time
 =================  =======================================  ==========================================================
 
@@ -154,9 +154,7 @@ class Schedule(ABC):
         return Preserving(start=start, end=end)
 
     @staticmethod
-    def reducing(
-        keep: int, gap: float = 1.0, start: float = 0.01, end: float = _HALF_PI - 1e-3
-    ) -> "Schedule":
+    def reducing(keep: int, gap: float = 1.0, start: float = 0.01, end: float = _HALF_PI - 1e-3) -> "Schedule":
         """``C_jj = gamma0 exp(rho (1 + g_j) t)``: the paper's dimension-reducing flow.
 
         Args:
@@ -168,9 +166,7 @@ class Schedule(ABC):
         return Reducing(start=start, end=end, keep=keep, gap=gap)
 
     @staticmethod
-    def details_first(
-        power: float = 1.0, start: float = 0.01, end: float = _HALF_PI - 1e-3
-    ) -> "Schedule":
+    def details_first(power: float = 1.0, start: float = 0.01, end: float = _HALF_PI - 1e-3) -> "Schedule":
         """``tan theta_j = eta(t) (s_max/s_j)^p / s_max``: small-variance axes inflate earlier.
 
         Args:

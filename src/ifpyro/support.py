@@ -55,9 +55,7 @@ def support_from_dict(data: dict[str, Any]) -> Constraint:
     if kind == "stack":
         return constraints.stack([support_from_dict(part) for part in data["parts"]], data["dim"])
     if kind == "cat":
-        return constraints.cat(
-            [support_from_dict(part) for part in data["parts"]], data["dim"], data["lengths"]
-        )
+        return constraints.cat([support_from_dict(part) for part in data["parts"]], data["dim"], data["lengths"])
     raise ValueError(f"expected a support of kind {_KNOWN}, got {kind!r}")
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -342,7 +342,7 @@ class _Run:
         return True
 
     def _validate(self) -> None:
-        network = self.average.module.eval()
+        network = cast(Velocity, self.average.module).eval()
         rows, noise, t, theta = self.validation
         with torch.no_grad():
             loss = float(_loss(network, rows, noise, theta, network.embed(t)))
@@ -373,8 +373,8 @@ def _noised_rows(rows: Tensor, angles: Angles) -> tuple[Tensor, Tensor, Tensor, 
 def _one_thread() -> Iterator[None]:
     """Train on one thread, then restore the setting.
 
-    The matrices of a training step are small: more threads gain little on an idle machine, and on a busy one they wait for
-    each other at every operation (2 threads were 40 times slower on two occupied cores).
+    The matrices of a training step are small: more threads gain little on an idle machine, and on a busy one they wait
+    for each other at every operation (2 threads were 40 times slower on two occupied cores).
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

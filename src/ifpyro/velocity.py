@@ -50,9 +50,7 @@ class MLP(Velocity):
         frequencies: number of harmonics of ``t``.
     """
 
-    def __init__(
-        self, dim: int, width: int = 128, blocks: int = 2, dropout: float = 0.0, frequencies: int = 8
-    ) -> None:
+    def __init__(self, dim: int, width: int = 128, blocks: int = 2, dropout: float = 0.0, frequencies: int = 8) -> None:
         super().__init__()
         if min(dim, width, blocks, frequencies) < 1 or not 0 <= dropout < 1:
             raise ValueError(
