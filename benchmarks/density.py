@@ -3,9 +3,10 @@
     python benchmarks/density.py [--only moons wine breast_cancer digits] [--seeds 5]
 
 Tables are split 60/20/20 by seed; every model trains on the first part, stops early on the second, and is scored
-on the third. zuko's NSF and MAF get the same rows, standardised by column and whitened (both are run; the better counts).
-Digits are uniformly dequantised to (0, 1), and all models see their logits. Log-likelihoods are means in nats in
-units in which the Gaussian of the training rows is standard normal ("whitened units"); the differences do not depend on them.
+on the third. zuko's NSF and MAF get the same rows, standardised by column and whitened (both are run; the better
+counts). Digits are uniformly dequantised to (0, 1), and all models see their logits. Log-likelihoods are means in
+nats in units in which the Gaussian of the training rows is standard normal ("whitened units"); the differences do
+not depend on them.
 """
 
 import argparse

@@ -48,7 +48,8 @@ az.summary(posterior, var_names=["x"])
 # ## What happened
 #
 # The flow carries data to a Gaussian latent and back. On the left the prior, drawn from the flow, over the samples it
-# was trained on; on the right the posterior, which has one mode in each arm of the moons that crosses the measured height.
+# was trained on; on the right the posterior, which has one mode in each arm of the moons that crosses the
+# measured height.
 
 # %%
 draws = smc.get_samples()["x"]

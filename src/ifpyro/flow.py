@@ -223,7 +223,7 @@ class InflationaryFlow(nn.Module):
         return times, (torch.stack(states) * sd).unflatten(1, batch)
 
     def participation_ratio(self, t: Tensor | None = None) -> Tensor:
-        """The paper's dimension, ``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance, at times ``t`` (default: 1).
+        """The dimension ``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance, at times ``t`` (1 by default).
 
         Source: de Albuquerque & Pearson 2024, section 3; constant in a preserving flow.
         """

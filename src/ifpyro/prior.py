@@ -21,8 +21,8 @@ class FlowTransform(TransformModule):
 
     With ``cache_size=1`` a call also computes the log-determinant, in the same solve, and remembers ``(z, x,
     log_det)``: ``inv(x)`` and ``log_abs_det_jacobian(z, x)`` after it cost nothing, and likewise after an inverse call.
-    A remembered result that carries an autograd graph is handed out once, and not at all after a backward pass went through it, so
-    that no graph can be run backward a second time.
+    A remembered result that carries an autograd graph is handed out once, and not at all after a backward pass went
+    through it, so that no graph can be run backward a second time.
 
     Args:
         flow: the flow.
