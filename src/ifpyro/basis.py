@@ -10,28 +10,41 @@ _COLLINEAR = 1e-5
 
 
 class Basis(nn.Module):
-    """The affine map between data ``x`` and standardised coordinates ``v = (x - mu) W / s``.
+    """The affine map between data ``x`` and standardised coordinates ``v = ((x - mu) / unit) W / s``.
 
     Args:
         mean: ``mu``, shape ``(D,)``.
         rotation: ``W``, orthonormal columns are the axes, shape ``(D, D)``.
         scale: ``s``, standard deviation along each axis, descending, shape ``(D,)``.
+        unit: the unit in which each column is measured, shape ``(D,)``; ones by default.
     """
 
     mean: Tensor
     rotation: Tensor
     scale: Tensor
+    unit: Tensor
 
-    def __init__(self, mean: Tensor, rotation: Tensor, scale: Tensor) -> None:
+    def __init__(self, mean: Tensor, rotation: Tensor, scale: Tensor, unit: Tensor | None = None) -> None:
         super().__init__()
         self.register_buffer("mean", mean)
-        self.register_buffer("rotation", rotation)
+        # One memory layout, that of a file: a product's last bits depend on it.
+        self.register_buffer("rotation", rotation.contiguous())
         self.register_buffer("scale", scale)
+        self.register_buffer("unit", torch.ones_like(scale) if unit is None else unit)
 
     @classmethod
-    def from_samples(cls, x: Tensor) -> "Basis":
-        """Eigenbasis of the sample covariance of ``x``, shape ``(N, D)``; computed in double precision."""
-        return cls.from_moments(x.double().mean(0), torch.cov(x.double().T).reshape(x.shape[1], -1), x)
+    def from_samples(cls, x: Tensor, *, own_units: bool = False) -> "Basis":
+        """Eigenbasis of the sample covariance of ``x``, shape ``(N, D)``; computed in double precision.
+
+        Args:
+            x: the samples.
+            own_units: measure each column in its own standard deviation, so that the axes are those of the correlation.
+        """
+        mean, columns = x.double().mean(0), x.double()
+        unit = columns.std(0) if own_units else torch.ones_like(mean)
+        covariance = torch.cov((columns / unit).T).reshape(len(mean), -1)
+        basis = cls.from_moments(mean, covariance, x)
+        return cls(basis.mean, basis.rotation, basis.scale, unit.to(x))
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor, like: Tensor) -> "Basis":
@@ -72,13 +85,13 @@ class Basis(nn.Module):
         return len(self.scale)
 
     def to_standard(self, x: Tensor) -> Tensor:
-        """``v = (x - mu) W / s`` for ``x`` of shape ``(..., D)``."""
-        return (x - self.mean) @ self.rotation / self.scale
+        """``v = ((x - mu) / unit) W / s`` for ``x`` of shape ``(..., D)``."""
+        return ((x - self.mean) / self.unit) @ self.rotation / self.scale
 
     def from_standard(self, v: Tensor) -> Tensor:
-        """``x = mu + (s v) W^T`` for ``v`` of shape ``(..., D)``."""
-        return self.mean + (v * self.scale) @ self.rotation.T
+        """``x = mu + unit (s v) W^T`` for ``v`` of shape ``(..., D)``."""
+        return self.mean + self.unit * ((v * self.scale) @ self.rotation.T)
 
     def log_det(self) -> Tensor:
-        """``log|det dx/dv| = sum log s``, a scalar."""
-        return self.scale.log().sum()
+        """``log|det dx/dv| = sum log s + sum log unit``, a scalar."""
+        return self.scale.log().sum() + self.unit.log().sum()

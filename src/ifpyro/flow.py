@@ -345,14 +345,14 @@ class InflationaryFlow(nn.Module):
 
     def _solver(self, like: Tensor, grid: Grid | None = None) -> Solver:
         grid = grid or self._current_grid()
-        weights = [*self.velocity.parameters(), *self.velocity.buffers()]
+        weights = self._weights()
         if any(w.requires_grad or _is_wrapped(w) for w in weights):
             return build_solver(self.velocity, self.angles, grid, like)  # of this call alone: never shared
-        # A network that was trained on, or replaced, has other embeddings. Storage is told apart by its address, so
-        # it is kept alive for as long as the embeddings are.
+        # A network that was trained on, or replaced, has other embeddings.
         state = tuple((w.data_ptr(), w._version) for w in weights)
         if state != self._solved_state:
             self._solvers.clear()
+            # Storage is told apart by its address, so it is kept alive for as long as the embeddings are.
             self._solved_state, self._solved_weights = state, [w.detach() for w in weights]
         key = (grid, like.dtype, like.device)
         if key not in self._solvers:
@@ -361,6 +361,21 @@ class InflationaryFlow(nn.Module):
                 plain = torch.empty(0, dtype=like.dtype, device=like.device)
                 self._solvers[key] = build_solver(self.velocity, self.angles, grid, plain)
         return self._solvers[key]
+
+    def map_state(self) -> tuple[Any, ...]:
+        """What the map depends on besides its argument: a remembered result holds while this compares equal."""
+        weights = [*self.basis.buffers(), *self._weights()]
+        if any(_is_wrapped(w) for w in weights):
+            return (object(),)  # weights of one vmapped call equal no others
+        return (
+            self._current_grid(),
+            self.refinements,
+            torch.is_grad_enabled() and any(w.requires_grad for w in weights),
+            tuple((w.dtype, w.device, w.data_ptr(), w._version) for w in weights),
+        )
+
+    def _weights(self) -> list[Tensor]:
+        return [*self.velocity.parameters(), *self.velocity.buffers()]
 
     def _current_grid(self) -> Grid:
         level = current_fidelity()

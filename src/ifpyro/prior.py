@@ -1,5 +1,6 @@
 """The flow as a Pyro transform and a Pyro distribution: the only module that knows ``pyro.distributions``."""
 
+import copy
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -74,17 +75,19 @@ class FlowTransform(TransformModule):
         """Data ``x`` of latents ``z``."""
         if self._cache_size == 0:
             return self.flow.decode(z)
-        if self._memory is None or not self._memory.has(z=z):
+        state = self.flow.map_state()
+        if self._memory is None or not self._memory.has(state, z=z):
             x, log_det = self.flow.decode_and_log_det(z)
-            self._memory = _Memory(z=z, x=x, log_det=log_det, computed=x)
+            self._memory = _Memory(state, z=z, x=x, log_det=log_det, computed=x)
         return self._memory.x
 
     def _inv_call(self, x: Tensor) -> Tensor:
         if self._cache_size == 0:
             return self.flow.encode(x)
-        if self._memory is None or not self._memory.has(x=x):
+        state = self.flow.map_state()
+        if self._memory is None or not self._memory.has(state, x=x):
             z, log_det = self.flow.encode_and_log_det(x)
-            self._memory = _Memory(z=z, x=x, log_det=-log_det, computed=z)
+            self._memory = _Memory(state, z=z, x=x, log_det=-log_det, computed=z)
         return self._memory.z
 
     def _call(self, z: Tensor) -> Tensor:
@@ -96,14 +99,14 @@ class FlowTransform(TransformModule):
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         """``log|det dx/dz|`` in nats, of the batch shape; ``x`` must be the image of ``z``."""
         memory = self._memory
-        if memory is not None and memory.matches(z, x):
+        if memory is not None and memory.matches(self.flow.map_state(), z, x):
             log_det = memory.take_log_det()
             if log_det is not None:
                 return log_det
         return self.flow.decode_and_log_det(z)[1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_memory": None}
+        return {**super().__getstate__(), "_memory": None, "_inv": None}
 
     def __repr__(self) -> str:
         return f"FlowTransform({self.flow.latent_dim} -> {tuple(self.flow.event_shape)})"
@@ -111,6 +114,11 @@ class FlowTransform(TransformModule):
 
 class InverseFlowTransform(_InverseTransform):
     """Data to latent. Unlike torch's inverse wrapper it survives copying and pickling."""
+
+    def __copy__(self) -> "InverseFlowTransform":
+        forward = copy.copy(self._inv)
+        assert isinstance(forward, FlowTransform)
+        return forward.inv
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -123,9 +131,10 @@ class InverseFlowTransform(_InverseTransform):
 class _Memory:
     """One pair ``x = T(z)`` and its log-determinant, with what is needed to know that they may still be used."""
 
-    def __init__(self, *, z: Tensor, x: Tensor, log_det: Tensor, computed: Tensor) -> None:
-        self.z, self.x = z, x
+    def __init__(self, state: Any, *, z: Tensor, x: Tensor, log_det: Tensor, computed: Tensor) -> None:
+        self.state, self.z, self.x = state, z, x
         self._versions = (z._version, x._version)
+        self._recorded = torch.is_grad_enabled()
         self._carries_graph = computed.requires_grad or log_det.requires_grad
         self._computed = computed
         self._log_det: Tensor | None = log_det
@@ -133,15 +142,15 @@ class _Memory:
             if tensor.requires_grad:
                 tensor.register_hook(self._forget_log_det)
 
-    def has(self, *, z: Tensor | None = None, x: Tensor | None = None) -> bool:
-        """Whether the partner of this very tensor may be handed out."""
+    def has(self, state: Any, *, z: Tensor | None = None, x: Tensor | None = None) -> bool:
+        """Whether the partner of this very tensor, under this very map, may be handed out."""
         given, kept, partner = (z, self.z, self.x) if x is None else (x, self.x, self.z)
         reused_graph = self._carries_graph and partner is self._computed
-        return given is kept and self._unchanged() and not reused_graph
+        return given is kept and self._unchanged(state) and not reused_graph
 
-    def matches(self, z: Tensor, x: Tensor) -> bool:
-        """Whether these very tensors are the pair."""
-        return z is self.z and x is self.x and self._unchanged()
+    def matches(self, state: Any, z: Tensor, x: Tensor) -> bool:
+        """Whether these very tensors are the pair under this very map."""
+        return z is self.z and x is self.x and self._unchanged(state)
 
     def take_log_det(self) -> Tensor | None:
         """The log-determinant, once if it carries a graph."""
@@ -150,8 +159,11 @@ class _Memory:
             self._log_det = None
         return log_det
 
-    def _unchanged(self) -> bool:
-        return self._versions == (self.z._version, self.x._version)
+    def _unchanged(self, state: Any) -> bool:
+        # What was computed without gradients cannot serve a caller who wants them.
+        wanted = torch.is_grad_enabled() and (self.z.requires_grad or self.x.requires_grad)
+        same = self.state == state and self._versions == (self.z._version, self.x._version)
+        return same and (self._recorded or not wanted)
 
     def _forget_log_det(self, _: Tensor) -> None:
         self._log_det = None
