@@ -36,10 +36,9 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, heade
     metadata = {
         "format": f"ifpyro-{kind}",
         "format_version": str(FORMAT_VERSION),
-        "sha256": _digest(tensors),
         "header": json.dumps(header),
     }
-    content = save(tensors, metadata)
+    content = save(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
@@ -72,14 +71,14 @@ def read_tensors(path: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[s
     found = metadata.get("format")
     if found != f"ifpyro-{kind}":
         raise ValueError(f"expected a file of format 'ifpyro-{kind}', but {path} says {found!r}")
-    version = int(metadata.get("format_version", 0))
-    if version > FORMAT_VERSION:
+    version = metadata.get("format_version", "")
+    if version.isdecimal() and int(version) > FORMAT_VERSION:
         raise ValueError(
             f"{path} has format version {version}, newer than the {FORMAT_VERSION} that this ifpyro reads; upgrade "
             "ifpyro"
         )
-    if _digest(tensors) != metadata.get("sha256"):
-        raise ValueError(f"{path} is damaged: its tensors do not match the checksum written with them")
+    if metadata.pop("sha256", None) != _digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: its content does not match the checksum written with it")
     return tensors, json.loads(metadata["header"])
 
 
@@ -120,7 +119,7 @@ def load_flow(
     velocity = network if network is not None else build_velocity(header["network"])
     dtype = tensors["basis.scale"].dtype
     flow = InflationaryFlow(
-        Basis(tensors["basis.mean"], tensors["basis.rotation"], tensors["basis.scale"]),
+        Basis(*(tensors[f"basis.{name}"] for name in ("mean", "rotation", "scale", "unit"))),
         Schedule.from_dict(header["schedule"]),
         velocity.to(dtype),
         event_shape=header["event_shape"],
@@ -137,8 +136,8 @@ def load_flow(
     return flow.to(device) if device is not None else flow
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
+def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
