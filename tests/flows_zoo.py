@@ -60,7 +60,7 @@ def random_mlp(dim: int, dtype=torch.float32, size=0.15) -> MLP:
 def samples(dim: int, dtype=torch.float32, rows=200):
     generator = torch.Generator().manual_seed(100 + dim)
     mixing = torch.randn(dim, dim, generator=generator, dtype=torch.double) + 1.5 * torch.eye(dim)
-    return (torch.randn(rows, dim, generator=generator, dtype=torch.double) @ mixing + 2.0).to(dtype)
+    return (0.3 * torch.randn(rows, dim, generator=generator, dtype=torch.double) @ mixing + 0.5).to(dtype)
 
 
 def mlp_flow(dim, dtype, schedule=None, **options):

@@ -72,9 +72,7 @@ def test_the_papers_formula_in_the_papers_time():
 def test_preserving_noise_is_proportional_to_the_data():
     angles = Schedule.preserving(start=0.02).angles(SCALES)
     eta = SCALES * angles(TIMES).tan()
-    torch.testing.assert_close(
-        eta / SCALES, eta[:, :1] / SCALES[:1] * torch.ones_like(eta), rtol=1e-12, atol=0
-    )
+    torch.testing.assert_close(eta / SCALES, eta[:, :1] / SCALES[:1] * torch.ones_like(eta), rtol=1e-12, atol=0)
     gamma0 = math.tan(0.02) ** 2  # the paper's noise floor
     torch.testing.assert_close(eta[0] ** 2, gamma0 * SCALES**2, rtol=1e-12, atol=0)
 

@@ -96,9 +96,7 @@ def test_network_rows_and_embeddings(dtype):
     assert embedding.isfinite().all()
     together = network(y, embedding)
     for row in range(3):
-        torch.testing.assert_close(
-            network(y[row : row + 1], embedding[row])[0], together[row], rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(network(y[row : row + 1], embedding[row])[0], together[row], rtol=1e-5, atol=1e-6)
     assert (embedding[0] - embedding[1]).abs().max() > 1e-3
     assert together.abs().max() > 1e-2
 
