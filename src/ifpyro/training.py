@@ -96,6 +96,7 @@ def fit(
     seed: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
+    own_units: bool | None = None,
     recipe: Recipe | None = None,
     tolerance: float = 1e-3,
     checkpoint: str | Path | None = None,
@@ -116,6 +117,8 @@ def fit(
         seed: makes the result repeatable; a fresh one is drawn, and reported, by default.
         device: where to train; where ``x`` is, by default.
         progress: show a progress bar.
+        own_units: measure every column in its own standard deviation before the axes are found, as a table of unlike
+            quantities wants and an image does not; by default where standard deviations differ tenfold or more.
         recipe: the optimiser's numbers; chosen from the size of the data by default.
         tolerance: accepted error of the solver, in standard deviations of the data (see :mod:`ifpyro.numerics`).
         checkpoint: a file that is written about every half minute; if it exists, training resumes from it.
@@ -144,7 +147,7 @@ def fit(
     rows, dim = free_train.shape
     recipe = recipe or Recipe.for_data(rows, dim)
     limit = max_steps if max_steps is not None else recipe.max_steps
-    basis = Basis.from_samples(free_train)
+    basis = Basis.from_samples(free_train, own_units=_unlike_units(free_train) if own_units is None else own_units)
     devices = [x.device] if x.device.type == "cuda" else []
     # Layers initialise, and dropout draws, from torch's global stream: borrow it, and give it back as it was.
     with torch.random.fork_rng(devices=devices), _one_thread():
@@ -410,6 +413,11 @@ def _make_network(network: Velocity | dict[str, Any] | None, rows: int, dim: int
     if out.shape != (2, dim):
         raise ValueError(f"network expects to map (n, {dim}) to (n, {dim}), got {tuple(out.shape)} for n = 2")
     return network
+
+
+def _unlike_units(x: Tensor) -> bool:
+    sd = x.std(0)
+    return bool(sd.max() >= 10 * sd.min())
 
 
 def _check_limits(max_steps: int | None, max_seconds: float | None, tolerance: float) -> None:
