@@ -26,7 +26,7 @@ def as_samples(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Ten
                 f"expected {name} to be an array of real numbers, got dtype {array.dtype}; encode categories as "
                 "numbers and drop identifiers first"
             )
-        x = torch.as_tensor(np.ascontiguousarray(array))
+        x = torch.as_tensor(np.ascontiguousarray(array).reshape(array.shape))
     if x.is_complex():
         raise TypeError(f"expected {name} to be real, got {x.dtype}; stack real and imaginary parts as columns")
     x = x.detach()
@@ -39,7 +39,7 @@ def as_samples(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Ten
     if dtype is None:
         dtype = x.dtype if x.is_floating_point() and x.dtype.itemsize >= 4 else torch.get_default_dtype()
     x = x.to(dtype)
-    bad = torch.nonzero(~x.reshape(len(x), -1).isfinite().all(-1)).flatten()
+    bad = torch.nonzero(~x.flatten(1).isfinite().all(-1)).flatten()
     if len(bad):
         raise ValueError(
             f"expected finite entries, but {len(bad)} of {len(x)} rows of {name} hold NaN or infinity: rows "

@@ -11,6 +11,7 @@ zero, the result is never worse there than the Gaussian with the data's mean and
 """
 
 import copy
+import hashlib
 import math
 import time
 import warnings
@@ -32,6 +33,7 @@ from .numerics import choose_grid
 from .samples import as_samples, check_trainable, split, to_unconstrained
 from .schedule import Angles, Schedule
 from .storage import read_tensors, write_tensors
+from .support import support_to_dict
 from .velocity import MLP, Velocity
 
 _TIME_POWER = 1.5  # times are u^1.5: denser near the data end
@@ -135,6 +137,9 @@ def fit(
     x = x.to(device) if device is not None else x
     seed = torch.Generator().seed() % 2**31 if seed is None else seed
     schedule = schedule or Schedule.details_first()
+    if support is not None:
+        support_to_dict(support)  # refuse now what could not be saved after training
+        to_unconstrained(x, support)  # and rows outside, by the indices that the caller knows
     train, held_out = split(x, validation, torch.Generator().manual_seed(seed))
     if support is not None:
         free_train = to_unconstrained(train, support)
@@ -174,7 +179,7 @@ def fit(
                 "samples_seen": run.step * recipe.batch,
                 "seconds": round(run.seconds, 2),
                 "validation_loss": run.best_loss,
-                "validation_loss_gaussian": run.history[0][1],
+                "validation_loss_gaussian": run.gaussian_loss(),
                 "history": run.history,
                 "stopped": stopped,
                 "seed": seed,
@@ -209,6 +214,8 @@ class _Run:
         self.average.update_parameters(self.net)
         self.best = {name: value.clone() for name, value in self.net.state_dict().items()}
         self.validation = _noised_rows(self.held_out, self.angles)
+        self.fingerprint = hashlib.sha256(self.train_rows.cpu().numpy().tobytes()).hexdigest()[:16]
+        self._resume_at: dict[str, Tensor] | None = self._random_state()  # None in the middle of an update
 
     def train(
         self,
@@ -221,7 +228,7 @@ class _Run:
         """Descend until a limit, the end of patience, or Ctrl-C; says which."""
         before, start, saved = self.seconds, time.monotonic(), time.monotonic()
         bar = tqdm(total=max_steps, initial=self.step, disable=not progress, desc="fit", unit="step")
-        if not self.history:
+        if not self.history or (self.step % self.recipe.check_every == 0 and self.history[-1][0] != self.step):
             self._validate()
         stopped = "max_steps"
         try:
@@ -241,6 +248,7 @@ class _Run:
                     )
                     break
                 self.step += 1
+                self._resume_at = self._random_state()
                 self.seconds = before + time.monotonic() - start
                 bar.update()
                 if self.step % self.recipe.check_every == 0 or self.step == max_steps:
@@ -256,10 +264,12 @@ class _Run:
             stopped = "interrupted"
         finally:
             bar.close()
+        # Saved as an uninterrupted run would have passed here: before a validation that it would not have made, and
+        # not at all from the middle of an update, when the last checkpoint is the better one.
+        if checkpoint is not None and self._resume_at is not None:
+            self.save(checkpoint, seed)
         if self.step and self.history[-1][0] != self.step and stopped != "diverged":
             self._validate()
-        if checkpoint is not None:
-            self.save(checkpoint, seed)
         return stopped
 
     def best_network(self) -> Velocity:
@@ -274,12 +284,11 @@ class _Run:
         tensors |= {f"best.{k}": v for k, v in self.best.items()}
         for index, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
-        tensors["rng"] = torch.get_rng_state()
-        if self.train_rows.is_cuda:
-            tensors["rng_cuda"] = torch.cuda.get_rng_state(self.train_rows.device)
+        tensors |= self._resume_at or self._random_state()
         header = {
             "seed": seed,
             "shape": list(self.train_rows.shape),
+            "data": self.fingerprint,
             "step": self.step,
             "seconds": self.seconds,
             "best_loss": self.best_loss,
@@ -295,8 +304,8 @@ class _Run:
             ValueError: if it belongs to other data, another network or another seed.
         """
         tensors, header = read_tensors(path, "checkpoint")
-        expected = {"seed": seed, "shape": list(self.train_rows.shape)}
-        found = {name: header[name] for name in expected}
+        expected = {"seed": seed, "shape": list(self.train_rows.shape), "data": self.fingerprint}
+        found = {name: header.get(name) for name in expected}
         if found != expected:
             raise ValueError(
                 f"the checkpoint {path} belongs to another training: expected {expected}, found {found}; pass its seed "
@@ -320,6 +329,7 @@ class _Run:
         torch.set_rng_state(tensors["rng"])
         if "rng_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["rng_cuda"], self.train_rows.device)
+        self._resume_at = self._random_state()
         self.step, self.seconds = header["step"], header["seconds"]
         self.best_loss, self.best_step = header["best_loss"], header["best_step"]
         self.history = [(int(step), float(loss)) for step, loss in header["history"]]
@@ -340,19 +350,31 @@ class _Run:
             return False
         self.optimiser.zero_grad()
         loss.backward()
+        self._resume_at = None
         self.optimiser.step()
         self.average.update_parameters(self.net)
         return True
+
+    def _random_state(self) -> dict[str, Tensor]:
+        state = {"rng": torch.get_rng_state()}
+        if self.train_rows.is_cuda:
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.train_rows.device)
+        return state
+
+    def gaussian_loss(self) -> float:
+        """The validation loss of the Gaussian with the data's mean and covariance, whose velocity is zero."""
+        rows, noise, _, theta = self.validation
+        return float((theta.sin() * rows - theta.cos() * noise).square().mean())
 
     def _validate(self) -> None:
         network = cast(Velocity, self.average.module).eval()
         rows, noise, t, theta = self.validation
         with torch.no_grad():
             loss = float(_loss(network, rows, noise, theta, network.embed(t)))
-        self.history.append((self.step, loss))
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
             self.best = {name: value.clone() for name, value in network.state_dict().items()}
+        self.history.append((self.step, loss))
 
 
 def _loss(network: Velocity, rows: Tensor, noise: Tensor, theta: Tensor, embedding: Tensor) -> Tensor:
