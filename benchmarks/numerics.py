@@ -2,7 +2,8 @@
 
     python benchmarks/numerics.py [--seconds 20]
 
-Round trip: ``decode(encode(x)) - x`` on held-out rows in standard deviations. Log-determinant: against autograd of the map.
+Round trip: ``decode(encode(x)) - x`` on held-out rows in standard deviations. Log-determinant: against
+autograd of the map.
 Cost: seconds of a decode over (evaluations x seconds of one bare network forward pass), median of repeats.
 """
 
