@@ -22,11 +22,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     demo.add_argument("--max-steps", type=int, default=None, help="fewer training steps, for a quick look")
     demo.add_argument("--particles", type=int, default=1024, help="SMC particles (default: %(default)s)")
+    demo.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="CPU threads of torch; these networks are small, and more threads gain little on an idle machine and lose "
+        "much on a busy one (default: %(default)s)",
+    )
     demo.add_argument("--quiet", action="store_true", help="no progress bars")
 
     options = parser.parse_args(arguments)
-    from .demo import run_demo  # heavy imports only once the arguments are known to be right
+    import torch  # heavy imports only once the arguments are known to be right
 
+    from .demo import run_demo
+
+    torch.set_num_threads(options.threads)
     run_demo(
         options.out,
         seed=options.seed,
