@@ -115,12 +115,12 @@ def test_support_of_a_gaussian_flow_is_torchs_transformed_normal(name):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_untrained_flow_is_the_gaussian_of_the_samples(name):
-    x = samples(4, torch.double)
+    x = samples(4, torch.double, rows=100)
     flow = InflationaryFlow(Basis.from_samples(x), SCHEDULES[name](4), MLP(4, width=8).double())
     gaussian = MultivariateNormal(x.mean(0), torch.cov(x.T))
     torch.testing.assert_close(flow.log_prob(x), gaussian.log_prob(x), rtol=0, atol=1e-9)
-    draws = flow.sample(4_000, seed=1)
-    error = x.std(0) / math.sqrt(4_000)
+    draws = flow.sample(1_000, seed=1)
+    error = x.std(0) / math.sqrt(1_000)
     assert ((draws.mean(0) - x.mean(0)).abs() < 4.5 * error).all()
 
 
@@ -132,7 +132,7 @@ def test_untrained_flow_is_the_gaussian_of_the_samples(name):
 def test_round_trips(name, dtype):
     flow = FLOWS[name](DTYPES[dtype])
     tolerance = {"float32": 1e-4, "float64": 1e-9}[dtype]
-    z = latents(flow, 200)
+    z = latents(flow, 100)
     x = flow.decode(z)
     assert rmse(flow.encode(x), z) < tolerance
     assert rmse(flow.decode(flow.encode(x)), x) < tolerance
@@ -143,14 +143,14 @@ def test_round_trips(name, dtype):
 def test_log_det_is_autograds_of_the_map(name, dtype):
     flow = FLOWS[name](DTYPES[dtype])
     tolerance = {"float32": 1e-3, "float64": 1e-8}[dtype]
-    z = 0.8 * latents(flow, 6)
+    z = 0.8 * latents(flow, 2)
     x, log_det = flow.decode_and_log_det(z)
     torch.testing.assert_close(x, flow.decode(z), rtol=1e-5, atol=1e-5)
 
     def leading(v):  # a simplex has one more entry than it has degrees of freedom
         return flow.decode(v).flatten()[: flow.latent_dim]
 
-    for row in range(6):
+    for row in range(2):
         jacobian = torch.autograd.functional.jacobian(leading, z[row])
         expected = float(torch.linalg.slogdet(jacobian)[1])
         assert float(log_det[row]) == pytest.approx(expected, abs=tolerance)
