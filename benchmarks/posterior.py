@@ -2,8 +2,8 @@
 
     python benchmarks/posterior.py [--only moons scurve digits gradient] [--quick] [--nuts-seconds 180]
 
-Problems: moons with the second coordinate observed (sd 0.2), the S-curve with two of three coordinates observed (sd 0.1;
-both in standardised units), and an 8x8 digit whose upper half is observed (sd 0.1, pixels in [0, 1]).
+Problems: moons with the second coordinate observed (sd 0.2), the S-curve with two of three coordinates observed (sd
+0.1; both in standardised units), and an 8x8 digit whose upper half is observed (sd 0.1, pixels in [0, 1]).
 
 Columns: wall seconds of the whole run (set-up, initialisation and warm-up included), the smallest bulk ESS over the
 coordinates of ``x`` that are not constant, that ESS per second, the largest R-hat (islands are the chains of SMC; one
@@ -11,10 +11,12 @@ chain is split in halves), and the error: the largest gap between the marginal d
 those of prior draws weighted by the likelihood, which in two and three dimensions are an independent reference. A
 sampler that never found a mode has an error, whatever its ESS says.
 
-Flows are trained once and kept in ``benchmarks/.cache``; tables are printed and appended to ``benchmarks/posterior.md``.
+Flows are trained once and kept in ``benchmarks/.cache``. Tables are printed, and appended to
+``benchmarks/posterior.md``.
 """
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,8 +26,8 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.infer import NUTS
 from pyro.infer import MCMC as PyroMCMC
+from pyro.infer import NUTS
 from sklearn.datasets import load_digits, make_moons, make_s_curve
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
@@ -197,10 +199,8 @@ def run_nuts(problem: Problem, sizes: Sizes, seconds: float, seed: int = 0) -> R
         hook_fn=hook,
         disable_progbar=True,
     )
-    try:
+    with contextlib.suppress(_TimeIsUp):
         mcmc.run(problem.y)
-    except _TimeIsUp:
-        pass
     x = torch.stack(draws)[None] if draws else torch.empty(1, 0, problem.flow.latent_dim)
     return Result(problem.flow.decode(x).flatten(2), time.perf_counter() - start)
 
@@ -244,7 +244,7 @@ def cdf_gap(draws: Tensor, reference: Tensor, weight: Tensor) -> float:
 def plane_table(name: str, title: str, quick: bool, nuts_seconds: float) -> list[str]:
     """A problem of few dimensions, with a reference."""
     problem, lines = PROBLEMS[name](quick), []
-    sizes = Sizes(1024, 30, 30, 20, 50) if quick else Sizes(4096, 100, 300, 200, 500)
+    sizes = Sizes(1024, 30, 30, 20, 50) if quick else Sizes(2048, 60, 100, 150, 300)
     reference = reference_draws(problem, 100_000 if quick else 1_000_000)
     size = float(1 / reference[1].square().sum())
     log_evidence = float(problem.likelihood(reference[0]).double().exp().mean().log())
@@ -266,7 +266,7 @@ def plane_table(name: str, title: str, quick: bool, nuts_seconds: float) -> list
 
 def digits_table(quick: bool, nuts_seconds: float) -> list[str]:
     problem, lines = digits(quick), []
-    sizes = Sizes(256, 20, 20, 20, 50) if quick else Sizes(1024, 100, 200, 200, 500)
+    sizes = Sizes(256, 20, 20, 20, 50) if quick else Sizes(1024, 60, 100, 150, 300)
     show(lines, f"### Digits: upper half of 8x8 pixels observed, sd 0.1\n\n{HEADER}")
     results = {}
     for label, run in ENGINES.items():

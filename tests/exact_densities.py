@@ -52,9 +52,7 @@ class GaussianMixture:
     def __call__(self, q: Tensor) -> tuple[Tensor, Tensor]:
         self.gradients += len(q) * torch.is_grad_enabled()
         self.values += len(q) * (not torch.is_grad_enabled())
-        normal = torch.distributions.MultivariateNormal(
-            self.mean, scale_tril=self.factor, validate_args=False
-        )
+        normal = torch.distributions.MultivariateNormal(self.mean, scale_tril=self.factor, validate_args=False)
         log_prior = (normal.log_prob(q[:, None]) + self.weight.log()).logsumexp(1)
         x = q @ self.matrix.T
         if coarse():
@@ -83,9 +81,7 @@ class GaussianMixture:
 
 def conjugate(bias=0.0, dim=4, sd=0.5) -> GaussianMixture:
     matrix = torch.eye(dim)[:2] + 0.5 * torch.eye(dim)[1:3]
-    return GaussianMixture(
-        [1.0], torch.zeros(1, dim), torch.eye(dim)[None], matrix, [1.5, -1.0], sd, bias=bias
-    )
+    return GaussianMixture([1.0], torch.zeros(1, dim), torch.eye(dim)[None], matrix, [1.5, -1.0], sd, bias=bias)
 
 
 def two_modes(bias=0.0) -> GaussianMixture:
@@ -195,9 +191,7 @@ def assert_exact(problem, draws: Tensor, errors: float = 4.0) -> None:
     error."""
     for name, (values, exact) in statistics(problem, draws).items():
         ess = float(arviz.ess(values.numpy(), method="mean"))
-        assert ess > 200, (
-            f"{name}: effective sample size {ess:.0f} is too small for this test to mean anything"
-        )
+        assert ess > 200, f"{name}: effective sample size {ess:.0f} is too small for this test to mean anything"
         error = float(values.std()) / math.sqrt(ess)
         assert abs(float(values.mean()) - exact) < errors * error, (
             f"{name}: {float(values.mean()):.4f}, exact {exact:.4f}, standard error {error:.4f}"

@@ -265,9 +265,7 @@ CASES: dict[str, Case] = {
     "square matrix": Case(square_matrix, (_data(5),), batching="vmap"),
     "branching": Case(branching, (_y,), batching="loop"),
     # the masked-out entries, which matter to nothing, keep a prior that Pyro's density lacks
-    "missing entries": Case(
-        missing_entries, (_data(4), torch.tensor([True, False, True, True])), pyro_agrees=False
-    ),
+    "missing entries": Case(missing_entries, (_data(4), torch.tensor([True, False, True, True])), pyro_agrees=False),
     "network": Case(_Net(), (_y,)),
     "parameters": Case(parameters, (_y,), pyro_agrees=False),  # Pyro would draw the initial value anew
     "conditioned": Case(pyro.condition(flows_in_a_plate, data={"shift": torch.tensor(0.2)}), (_data(4),)),

@@ -70,9 +70,7 @@ def test_log_likelihood_and_lp_are_the_formula():
     data = convert({"mu": mu}, model=conjugate, args=(Y,))
     pointwise = normal_log_prob(Y, mu[..., None], 0.5)
     torch.testing.assert_close(values(data, "log_likelihood", "y"), pointwise)
-    torch.testing.assert_close(
-        values(data, "sample_stats", "lp"), normal_log_prob(mu, 1.0, 2.0) + pointwise.sum(-1)
-    )
+    torch.testing.assert_close(values(data, "sample_stats", "lp"), normal_log_prob(mu, 1.0, 2.0) + pointwise.sum(-1))
     torch.testing.assert_close(values(data, "posterior", "twice"), (2 * mu[..., None]).expand(-1, -1, 4))
 
 
@@ -306,9 +304,7 @@ def test_plates_name_dimensions():
                 pyro.sample("y", dist.Normal(site[..., 0], 1.0).expand([3, 4]), obs=y)
             pyro.deterministic("best", site.max(-1).values)
 
-    data = convert(
-        {"site": draws(3, 1, 2)}, model=model, args=(torch.zeros(3, 4),), dims={"site": ["one", "way"]}
-    )
+    data = convert({"site": draws(3, 1, 2)}, model=model, args=(torch.zeros(3, 4),), dims={"site": ["one", "way"]})
     assert data["posterior"]["site"].dims == ("chain", "draw", "school", "one", "way")
     assert data["posterior"]["ability"].dims == ("chain", "draw", "school", "pupil")
     assert data["posterior"]["best"].dims == ("chain", "draw", "school", "best_dim_1")
@@ -318,9 +314,7 @@ def test_plates_name_dimensions():
 
 def test_coords_and_dims_from_the_user():
     names = ["a", "b", "c", "d"]
-    data = convert(
-        {"mu": draws()}, model=conjugate, args=(Y,), coords={"patient": names}, dims={"y": ["patient"]}
-    )
+    data = convert({"mu": draws()}, model=conjugate, args=(Y,), coords={"patient": names}, dims={"y": ["patient"]})
     assert data["log_likelihood"]["y"].dims == ("chain", "draw", "patient")
     assert list(data["observed_data"]["patient"].values) == names
     assert data["posterior"]["twice"].dims == ("chain", "draw", "row")
@@ -375,9 +369,7 @@ def test_pyro_mcmc(chains):
 
 
 def test_static_hmc_knows_its_steps():
-    mcmc = quick(
-        HMC(conjugate, step_size=0.1, num_steps=5, adapt_step_size=False, adapt_mass_matrix=False), Y
-    )
+    mcmc = quick(HMC(conjugate, step_size=0.1, num_steps=5, adapt_step_size=False, adapt_mass_matrix=False), Y)
     stats = convert(mcmc)["sample_stats"]
     assert np.allclose(stats["step_size"], 0.1)
     assert (stats["n_steps"] == mcmc.kernel.num_steps).all()
@@ -471,9 +463,7 @@ def clean_store():
         yield
 
 
-@pytest.mark.parametrize(
-    "auto", [AutoNormal, AutoMultivariateNormal, AutoDelta], ids=lambda auto: auto.__name__
-)
+@pytest.mark.parametrize("auto", [AutoNormal, AutoMultivariateNormal, AutoDelta], ids=lambda auto: auto.__name__)
 def test_autoguides(auto, clean_store):
     guide = auto(conjugate)
     svi = fit(conjugate, guide, Y)
@@ -481,9 +471,7 @@ def test_autoguides(auto, clean_store):
         data = convert(result, args=(Y,), num_samples=40)
         mu = values(data, "posterior", "mu")
         assert mu.shape == (1, 40)
-        torch.testing.assert_close(
-            values(data, "log_likelihood", "y"), normal_log_prob(Y, mu[..., None], 0.5)
-        )
+        torch.testing.assert_close(values(data, "log_likelihood", "y"), normal_log_prob(Y, mu[..., None], 0.5))
         assert set(data["posterior"].data_vars) == {"mu", "twice"}
         assert ("log_q" in data["sample_stats"]) == (auto is not AutoDelta)
 
@@ -565,9 +553,7 @@ def test_a_computed_observation_has_a_density_but_is_no_data():
 
     mu = draws()
     data = convert({"mu": mu}, model=model, args=(Y,))
-    torch.testing.assert_close(
-        values(data, "log_likelihood", "residual"), normal_log_prob(Y, mu[..., None], 1.0)
-    )
+    torch.testing.assert_close(values(data, "log_likelihood", "residual"), normal_log_prob(Y, mu[..., None], 1.0))
     assert "observed_data" not in groups(data)
 
 
@@ -598,9 +584,7 @@ def test_a_real_flow_as_the_prior_of_a_plain_pyro_model():
     torch.testing.assert_close(values(data, "sample_stats", "lp"), expected, atol=1e-3, rtol=1e-4)
     latent = values(data, "prior", "x_base")[0]
     assert latent.mean(0).abs().max() < 4 / math.sqrt(300)
-    torch.testing.assert_close(
-        flow.decode(latent).detach(), values(data, "prior", "x")[0], atol=1e-4, rtol=1e-4
-    )
+    torch.testing.assert_close(flow.decode(latent).detach(), values(data, "prior", "x")[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["mcmc", "smc"])
@@ -650,9 +634,7 @@ def test_nothing_global_changes(clean_store):
     two = convert({"mu": draws()}, model=model, args=(Y,), prior=5)
     other = convert({"mu": draws()}, model=model, args=(Y,), prior=5, seed=1)
     assert torch.equal(values(one, "posterior_predictive", "y"), values(two, "posterior_predictive", "y"))
-    assert not torch.equal(
-        values(one, "posterior_predictive", "y"), values(other, "posterior_predictive", "y")
-    )
+    assert not torch.equal(values(one, "posterior_predictive", "y"), values(other, "posterior_predictive", "y"))
 
 
 def test_a_model_that_cannot_predict_keeps_its_other_groups():

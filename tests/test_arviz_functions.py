@@ -47,9 +47,7 @@ class Chains:
         mean = torch.linalg.solve(precision, design.T @ y / 0.4**2)
         with torch.random.fork_rng():
             torch.manual_seed(5)
-            draws = torch.distributions.MultivariateNormal(mean, precision_matrix=precision).sample(
-                (CHAINS, DRAWS)
-            )
+            draws = torch.distributions.MultivariateNormal(mean, precision_matrix=precision).sample((CHAINS, DRAWS))
             second = torch.stack([draws[..., 1], 2 * torch.randn(CHAINS, DRAWS)], -1)
             self.stats = {
                 "energy": torch.randn(CHAINS, DRAWS),

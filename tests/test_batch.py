@@ -137,9 +137,7 @@ def test_simplex_density_by_hand():
     jacobian = torch.stack(
         [
             torch.linalg.slogdet(
-                torch.autograd.functional.jacobian(
-                    lambda u: torch.distributions.StickBreakingTransform()(u), row
-                )[:2]
+                torch.autograd.functional.jacobian(lambda u: torch.distributions.StickBreakingTransform()(u), row)[:2]
             )[1]
             for row in q
         ]
@@ -313,9 +311,7 @@ def test_data_of_any_length_against_as_many_draws():
         loop, batched = build(name, batching="loop"), build(name)
         for n in (3, 4, 5, 15):
             q = loop.sample_prior(n, generator(n))
-            for ours, expected in zip(
-                log_density_and_grad(batched, q), log_density_and_grad(loop, q), strict=True
-            ):
+            for ours, expected in zip(log_density_and_grad(batched, q), log_density_and_grad(loop, q), strict=True):
                 torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
         assert batched.batching == "plate"
 
@@ -511,9 +507,7 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match=r"expected shape \('n', 3\)"):
         batched.unconstrain({"x": torch.zeros(3)})
     with pytest.raises(ValueError, match="'p' lie outside"):
-        BatchedModel(lambda: pyro.sample("p", dist.Beta(2.0, 2.0))).unconstrain(
-            {"p": torch.tensor([0.5, 2.0])}
-        )
+        BatchedModel(lambda: pyro.sample("p", dist.Beta(2.0, 2.0))).unconstrain({"p": torch.tensor([0.5, 2.0])})
 
 
 # -- nothing is left behind --------------------------------------------------------------------------------

@@ -135,9 +135,7 @@ def test_hierarchical_model_with_plates_and_constrained_scales(engine):
     for name, (f, exact) in schools.exact().items():
         values = f(draws)
         error = float(values.std()) / float(arviz.ess(values.numpy(), method="mean")) ** 0.5
-        assert abs(float(values.mean()) - exact) < 4 * error, (
-            f"{name}: {values.mean():.4f}, exact {exact:.4f}"
-        )
+        assert abs(float(values.mean()) - exact) < 4 * error, f"{name}: {values.mean():.4f}, exact {exact:.4f}"
     if engine == "smc":
         assert abs(run.log_evidence - schools.log_evidence) < 3 * run.log_evidence_se < 0.3
     else:

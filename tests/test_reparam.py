@@ -121,9 +121,7 @@ def test_a_chain_of_transforms_with_latent_parameters():
     q = batched.sample_prior(5, generator())
     sites = batched.sites(q)
     torch.testing.assert_close(sites["x"], flow_prior().transforms[0](sites["x_base"]) + sites["mu"][:, None])
-    torch.testing.assert_close(
-        batched.unconstrain({"mu": sites["mu"], "x": sites["x"]}), q, rtol=1e-3, atol=1e-3
-    )
+    torch.testing.assert_close(batched.unconstrain({"mu": sites["mu"], "x": sites["x"]}), q, rtol=1e-3, atol=1e-3)
 
 
 def test_what_counts_as_a_flow():
@@ -182,9 +180,7 @@ def test_a_real_flow_indexed_from_the_left_and_in_a_plate():
     assert by_vmap.batching == "vmap"
     q = by_vmap.sample_prior(6, generator())
     straight = BatchedModel(mixture_model, (y, flow))
-    for ours, expected in zip(
-        log_density_and_grad(by_vmap, q), log_density_and_grad(straight, q), strict=True
-    ):
+    for ours, expected in zip(log_density_and_grad(by_vmap, q), log_density_and_grad(straight, q), strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
 
     data = torch.tensor([0.5, -1.0, 2.0])
@@ -275,9 +271,7 @@ def test_a_flow_retrained_in_place_is_seen():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         basis = Basis.from_moments(torch.zeros(2).double(), torch.eye(2).double(), torch.zeros(2))
-        flow = InflationaryFlow(
-            basis, Schedule.details_first(), MLP(2, width=16, blocks=1), grid=Grid(steps=4)
-        )
+        flow = InflationaryFlow(basis, Schedule.details_first(), MLP(2, width=16, blocks=1), grid=Grid(steps=4))
         flow.requires_grad_(True)
         steps = [0.05 * torch.randn_like(p) for p in flow.parameters()]
 

@@ -67,9 +67,7 @@ def test_smc_is_exact(name, biased):
         islands = values.double().mean(1)
         mean = weight @ islands
         error = float((weight.square() @ (islands - mean).square()).sqrt())
-        assert abs(float(mean) - exact) < 4 * error, (
-            f"{what}: {float(mean):.4f}, exact {exact:.4f} +- {error:.4f}"
-        )
+        assert abs(float(mean) - exact) < 4 * error, f"{what}: {float(mean):.4f}, exact {exact:.4f} +- {error:.4f}"
 
 
 def test_the_standard_error_of_the_evidence_is_honest():

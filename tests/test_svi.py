@@ -107,9 +107,7 @@ def test_guides_that_contain_the_posterior_reach_the_evidence(kind):
     fit(target, guide, Y)
     mean, precision, evidence = exact_latent_posterior()
     with torch.no_grad():
-        elbo = -Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=0).loss(
-            target, guide, Y
-        )
+        elbo = -Trace_ELBO(num_particles=2000, vectorize_particles=True, max_plate_nesting=0).loss(target, guide, Y)
     assert abs(elbo - float(evidence)) < 0.03
 
     draws = Predictive(target, guide=guide, num_samples=4000, parallel=True)(Y)
@@ -119,9 +117,7 @@ def test_guides_that_contain_the_posterior_reach_the_evidence(kind):
     sd = covariance.diagonal().sqrt()
     # KL < 0.03 bounds how far the means and deviations can be off, by about sqrt(2 KL) deviations
     assert bool(((z.mean(0) - mean).abs() < 0.15 * sd).all())
-    torch.testing.assert_close(
-        z.T.cov() / torch.outer(sd, sd), covariance / torch.outer(sd, sd), rtol=0, atol=0.15
-    )
+    torch.testing.assert_close(z.T.cov() / torch.outer(sd, sd), covariance / torch.outer(sd, sd), rtol=0, atol=0.15)
 
 
 def test_objects_in_a_plate_with_a_shared_latent():

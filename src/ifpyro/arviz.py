@@ -122,14 +122,10 @@ def to_arviz(
         "prior": prior is not None and not isinstance(prior, Mapping),
     }
     # Prior draws need the whole model, but no draws of its sites.
-    refused = [
-        n for n, wanted in insisted.items() if wanted and (view.blind if n == "prior" else view.obstacle)
-    ]
+    refused = [n for n, wanted in insisted.items() if wanted and (view.blind if n == "prior" else view.obstacle)]
     data_free = not view.obstacle and not any(site.kind == "observed" for site in view.sites.values())
     if data_free and (log_likelihood is True or posterior_predictive is True):
-        raise ValueError(
-            "to_arviz cannot compute log_likelihood or posterior_predictive: no site is observed"
-        )
+        raise ValueError("to_arviz cannot compute log_likelihood or posterior_predictive: no site is observed")
     if refused:
         raise ValueError(f"to_arviz cannot compute {', '.join(refused)}: {view.obstacle}")
     if view.obstacle and view.call is not None:
@@ -159,20 +155,14 @@ def to_arviz(
     if prior is not None:
         drawn = _given(prior, None) if isinstance(prior, Mapping) else view.prior(int(prior))
         groups.add("prior", {n: v for n, v in drawn.items() if n not in view.observed}, SAMPLE, view.plates)
-        groups.add(
-            "prior_predictive", {n: v for n, v in drawn.items() if n in view.observed}, SAMPLE, view.plates
-        )
+        groups.add("prior_predictive", {n: v for n, v in drawn.items() if n in view.observed}, SAMPLE, view.plates)
     if predictions is not None:
-        new = View(
-            Result(read.samples, {}, rebind(view.needed_call(), predictions)), options, prediction=True
-        )
+        new = View(Result(read.samples, {}, rebind(view.needed_call(), predictions)), options, prediction=True)
         groups.add("predictions", new.predictions(), SAMPLE, new.plates)
         groups.add("predictions_constant_data", new.constants())
         view.methods += new.methods
     groups.add("observed_data", view.observed, (), view.plates)
-    constants = (
-        view.constants() if constant_data is None else {n: as_array(v) for n, v in constant_data.items()}
-    )
+    constants = view.constants() if constant_data is None else {n: as_array(v) for n, v in constant_data.items()}
     groups.add("constant_data", constants)
 
     replayed = {"replay": "+".join(dict.fromkeys(view.methods))} if view.methods else {}
@@ -184,13 +174,10 @@ def _check_options(prior: Any, posterior_predictive: Any, predictions: Any, batc
         return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0
 
     if not (prior is None or isinstance(prior, Mapping) or positive(prior)):
-        raise ValueError(
-            f"to_arviz expects prior to be a positive number of draws or a mapping, got {prior!r}"
-        )
+        raise ValueError(f"to_arviz expects prior to be a positive number of draws or a mapping, got {prior!r}")
     if not (posterior_predictive is None or isinstance(posterior_predictive, bool | Mapping)):
         raise ValueError(
-            "to_arviz expects posterior_predictive to be None, True, False or a mapping, "
-            f"got {posterior_predictive!r}"
+            f"to_arviz expects posterior_predictive to be None, True, False or a mapping, got {posterior_predictive!r}"
         )
     if not (predictions is None or isinstance(predictions, tuple | Mapping)):
         raise ValueError(
@@ -214,13 +201,9 @@ def _given(values: Mapping[str, Any], shape: tuple[int, int] | None) -> dict[str
             found[name] = array.reshape(*shape, *array.shape[1:])
         else:
             wanted = (
-                "(draws, ...)"
-                if shape is None
-                else f"{shape} (chains, draws) or {shape[0] * shape[1]} (all draws)"
+                "(draws, ...)" if shape is None else f"{shape} (chains, draws) or {shape[0] * shape[1]} (all draws)"
             )
-            raise ValueError(
-                f"draws of {name!r} must have a shape that starts with {wanted}, got {array.shape}"
-            )
+            raise ValueError(f"draws of {name!r} must have a shape that starts with {wanted}, got {array.shape}")
     return found
 
 

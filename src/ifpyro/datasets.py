@@ -23,9 +23,7 @@ class Groups:
         dims: Mapping[str, Sequence[str | None]] | None = None,
         coords: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        self.dims = {
-            name: [asked] if isinstance(asked, str) else list(asked) for name, asked in (dims or {}).items()
-        }
+        self.dims = {name: [asked] if isinstance(asked, str) else list(asked) for name, asked in (dims or {}).items()}
         self.coords = dict(coords or {})
         self.datasets: dict[str, xarray.Dataset] = {}
 
@@ -80,9 +78,7 @@ class Groups:
         for what, asked, known in (("dims", self.dims, variables), ("coords", self.coords, dimensions)):
             unknown = sorted(set(asked) - known)
             if unknown:
-                raise ValueError(
-                    f"{what} has entries for {unknown}, but what there is to name is {sorted(known)}"
-                )
+                raise ValueError(f"{what} has entries for {unknown}, but what there is to name is {sorted(known)}")
 
     def _named(self, name: str, axes: list[str | None], batch_only: bool) -> list[str]:
         asked = self.dims.get(name)
@@ -106,6 +102,4 @@ class Groups:
             return labels
         if "predictions" in group:
             return np.arange(size)  # new data need not have as many rows as the labels were made for
-        raise ValueError(
-            f"coords[{dim!r}] must have {size} labels in group {group!r}, got shape {labels.shape}"
-        )
+        raise ValueError(f"coords[{dim!r}] must have {size} labels in group {group!r}, got shape {labels.shape}")

@@ -103,9 +103,7 @@ def _from_pyro(
         raise ValueError("to_arviz got an MCMC without draws: call its run(...) first")
     samples = mcmc.get_samples(group_by_chain=True)
     if not samples:
-        raise ValueError(
-            "to_arviz got an MCMC whose model has no latent sites: there is no posterior to convert"
-        )
+        raise ValueError("to_arviz got an MCMC whose model has no latent sites: there is no posterior to convert")
     kernel = mcmc.kernel
     chains, draws = next(iter(samples.values())).shape[:2]
     stats: dict[str, np.ndarray] = {}
@@ -143,9 +141,7 @@ def _from_protocol(
     if model is None:
         model = getattr(getattr(result, "kernel", None), "model", None) or getattr(result, "model", None)
     read = getattr(result, "sample_stats", None)
-    stats = {
-        str(k): np.asarray(torch.as_tensor(v).detach().cpu()) for k, v in (read() if read else {}).items()
-    }
+    stats = {str(k): np.asarray(torch.as_tensor(v).detach().cpu()) for k, v in (read() if read else {}).items()}
     call = _call(
         model,
         getattr(result, "model_args", ()) if args is None else args,
@@ -184,16 +180,12 @@ def _call(
     if model is None:
         return None
     if args is not None and not isinstance(args, (tuple, list)):
-        raise TypeError(
-            f"to_arviz expects args to be a tuple of the model's arguments, got {type(args).__name__}"
-        )
+        raise TypeError(f"to_arviz expects args to be a tuple of the model's arguments, got {type(args).__name__}")
     call = Call(model, tuple(args or ()), dict(kwargs or {}))
     try:
         _signature(model).bind(*call.args, **call.kwargs)
     except TypeError as error:
-        raise TypeError(
-            f"the model cannot be called with these arguments ({error}): pass args= and kwargs="
-        ) from None
+        raise TypeError(f"the model cannot be called with these arguments ({error}): pass args= and kwargs=") from None
     return call
 
 
@@ -214,9 +206,7 @@ def rebind(call: Call, change: tuple[Any, ...] | Mapping[str, Any]) -> Call:
     bound.apply_defaults()
     unknown = sorted(set(change) - set(bound.arguments))
     if unknown:
-        raise ValueError(
-            f"predictions names {unknown}, but the model's arguments are {sorted(bound.arguments)}"
-        )
+        raise ValueError(f"predictions names {unknown}, but the model's arguments are {sorted(bound.arguments)}")
     bound.arguments.update(change)
     return Call(call.model, bound.args, bound.kwargs)
 
@@ -245,9 +235,7 @@ def _checked(result: Result) -> Result:
     shape = result.shape
     for name, value in result.samples.items():
         if tuple(value.shape[:2]) != shape:
-            raise ValueError(
-                f"draws differ in (chains, draws): {shape} and, for {name!r}, {tuple(value.shape[:2])}"
-            )
+            raise ValueError(f"draws differ in (chains, draws): {shape} and, for {name!r}, {tuple(value.shape[:2])}")
     if 0 in shape:
         raise ValueError(f"to_arviz got {shape[0]} chains of {shape[1]} draws: there is nothing to convert")
     for name, stat in result.stats.items():

@@ -118,16 +118,12 @@ class _Job:
         nodes = {n: node for n, node in self.trace(given, plate).items() if not site_is_subsample(node)}
         if nodes.keys() != sites.keys():
             changed = sorted(nodes.keys() ^ sites.keys())
-            raise ValueError(
-                f"the model's sites must not change from draw to draw, but these came or went: {changed}"
-            )
+            raise ValueError(f"the model's sites must not change from draw to draw, but these came or went: {changed}")
 
         def rows(value: Tensor, shape: tuple[int, ...]) -> Tensor:
             if count is None:
                 if tuple(value.shape) != shape:
-                    raise ValueError(
-                        f"a site's shape changed from draw to draw: {shape} and {tuple(value.shape)}"
-                    )
+                    raise ValueError(f"a site's shape changed from draw to draw: {shape} and {tuple(value.shape)}")
                 return value
             return _rows(value, count, shape)
 
@@ -318,9 +314,7 @@ def _batch(
     return {key: torch.stack([single[key] for single in singles]) for key in singles[0]}
 
 
-def describe(
-    call: Call, given: Mapping[str, Tensor] | None = None, seed: int = 0
-) -> tuple[dict[str, Site], set[str]]:
+def describe(call: Call, given: Mapping[str, Tensor] | None = None, seed: int = 0) -> tuple[dict[str, Site], set[str]]:
     """The sites of a model at one draw, and the names of the plates that show only part of their data.
 
     Args:

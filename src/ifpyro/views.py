@@ -40,9 +40,7 @@ class View:
             if site.base_shape is not None:
                 batch = len(site.shape) - site.event_dim
                 self.plates[f"{name}_base"] = {axis: p for axis, p in site.plates.items() if axis < batch}
-        missing = [
-            s.name for s in self.sites.values() if s.random and s.name not in self.draws and not prediction
-        ]
+        missing = [s.name for s in self.sites.values() if s.random and s.name not in self.draws and not prediction]
         self.blind = bool(partial)
         if partial:
             self.obstacle = (
@@ -107,9 +105,7 @@ class View:
             # A model may have densities that cannot be sampled, or code that only accepts its own data.
             if insist:
                 raise
-            warnings.warn(
-                f"to_arviz leaves out posterior_predictive: {type(error).__name__}: {error}", stacklevel=3
-            )
+            warnings.warn(f"to_arviz leaves out posterior_predictive: {type(error).__name__}: {error}", stacklevel=3)
             return {}
         return self.by_chain(values_by_name(done))
 
@@ -125,9 +121,7 @@ class View:
             self.draws,
             self.count,
             redraw=True,
-            wanted=lambda site: (
-                _shown(site) and (site.name not in self.draws or site.kind == "deterministic")
-            ),
+            wanted=lambda site: _shown(site) and (site.name not in self.draws or site.kind == "deterministic"),
         )
         return self.by_chain(values_by_name(done))
 
@@ -141,9 +135,7 @@ class View:
             for name, value in named_arguments(self.call).items()
             if isinstance(value, Tensor | np.ndarray)
         }
-        return {
-            n: v for n, v in arrays.items() if v.dtype.kind in "biuf" and not any(_same(v, d) for d in data)
-        }
+        return {n: v for n, v in arrays.items() if v.dtype.kind in "biuf" and not any(_same(v, d) for d in data)}
 
 
 def _shown(site: Site) -> bool:

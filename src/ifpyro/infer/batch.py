@@ -76,9 +76,7 @@ class BatchedModel:
     ):
         if batching is not None and batching not in _ORDER:
             raise ValueError(f"batching expects 'plate', 'vmap', 'loop' or None, got {batching!r}")
-        if batch_size is not None and (
-            isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1
-        ):
+        if batch_size is not None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
             raise ValueError(f"batch_size expects a positive integer or None, got {batch_size!r}")
         args, kwargs = tuple(args), dict(kwargs or {})
         check_arguments(model, args, kwargs)
@@ -199,14 +197,11 @@ class BatchedModel:
         layout = self._layout
         prior = "N(0, I), drawn directly" if self.gaussian_prior else self.prior_batching
         lines = [
-            f"{self.dim} unconstrained dimensions in {len(layout.latents)} latent sites, {self.dtype}, "
-            f"{self.device}",
+            f"{self.dim} unconstrained dimensions in {len(layout.latents)} latent sites, {self.dtype}, {self.device}",
             f"log-density: {self.batching}; site values: {self.site_batching}; prior draws: {prior}",
         ]
         for name, site in layout.latents.items():
-            note = "; masked-out entries matter to nothing else and keep their prior" * (
-                name in layout.unmasked
-            )
+            note = "; masked-out entries matter to nothing else and keep their prior" * (name in layout.unmasked)
             lines.append(f"  {name}: {tuple(layout.shapes[name])}, q[{site.start}:{site.stop}]{note}")
         return "\n".join(lines + [f"note: {note}" for note in self._notes])
 
@@ -235,8 +230,7 @@ class BatchedModel:
                 return batching
             if asked == batching:
                 raise ValueError(
-                    f"batching={batching!r} is wrong for this model: {reason}. Leave batching=None to let "
-                    "it be chosen."
+                    f"batching={batching!r} is wrong for this model: {reason}. Leave batching=None to let it be chosen."
                 )
             if what == "density" or (what == "values" and batching == self.batching):  # say it once
                 self._note(f"cannot batch the {_SUBJECTS[what]} by {batching}: {reason}")
@@ -279,9 +273,7 @@ class BatchedModel:
         needed = set()
         for name in self._layout.latents:
             data = name.removesuffix("_base")
-            needed.add(
-                data if name not in given and name != data and data in given and data in shapes else name
-            )
+            needed.add(data if name not in given and name != data and data in given and data in shapes else name)
         if needed != set(given):
             raise ValueError(
                 f"expected values for the latent sites {sorted(self._layout.latents)} and no others, got "

@@ -16,9 +16,7 @@ def convergence(samples: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
 
     data = bridge.to_arviz(samples)
     ess, rhat = bridge.arviz.ess(data), bridge.arviz.rhat(data)
-    ess, rhat = (
-        figures if hasattr(figures, "data_vars") else figures["posterior"] for figures in (ess, rhat)
-    )
+    ess, rhat = (figures if hasattr(figures, "data_vars") else figures["posterior"] for figures in (ess, rhat))
     return {name: {"n_eff": ess[name].values, "r_hat": rhat[name].values} for name in samples}
 
 

@@ -55,9 +55,7 @@ class Draws:
             RuntimeError: if there are no draws.
         """
         if self._positions is None or self._positions.shape[1] == 0:
-            raise RuntimeError(
-                f"{type(self).__name__} holds no draws: call run(...) first, and let it finish warm-up"
-            )
+            raise RuntimeError(f"{type(self).__name__} holds no draws: call run(...) first, and let it finish warm-up")
         return self._positions
 
     def sample_stats(self) -> dict[str, Tensor]:
@@ -79,8 +77,7 @@ class Draws:
         """
         report: dict[str, Any] = dict(diagnostics.convergence(self.get_samples(group_by_chain=True)))
         report["divergences"] = {
-            f"chain {chain}": row.nonzero()[:, 0].tolist()
-            for chain, row in enumerate(self.sample_stats()["diverging"])
+            f"chain {chain}": row.nonzero()[:, 0].tolist() for chain, row in enumerate(self.sample_stats()["diverging"])
         }
         return report
 

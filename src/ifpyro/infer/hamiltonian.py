@@ -105,9 +105,7 @@ def transition(
     # bug.
     failed = failed | (log_new == torch.inf)
     acceptance = torch.where(failed, torch.zeros_like(error), (-error).clamp(max=0.0).exp())
-    guide_error = (
-        error + (log_new - end.guide.value.tempered(beta)) - (log_old - state.guide.value.tempered(beta))
-    )
+    guide_error = error + (log_new - end.guide.value.tempered(beta)) - (log_old - state.guide.value.tempered(beta))
     guide_acceptance = torch.where(end.failed, torch.zeros_like(error), (-guide_error).clamp(max=0.0).exp())
     uniform = torch.rand(len(q), generator=generator, device=q.device, dtype=q.dtype)
     accepted = uniform < acceptance
@@ -121,9 +119,7 @@ def transition(
     state = State(
         choose(end.position, q),
         choose_value(fine, state.fine),
-        Guide(
-            choose_value(end.guide.value, state.guide.value), choose(end.guide.gradient, state.guide.gradient)
-        ),
+        Guide(choose_value(end.guide.value, state.guide.value), choose(end.guide.gradient, state.guide.gradient)),
     )
     info = Info(
         acceptance=acceptance,

@@ -236,9 +236,7 @@ def _param_value(msg: Any) -> Tensor:
         return value if "$$$" in name else value.detach()
     args = msg["args"]
     if len(args) < 2:
-        raise KeyError(
-            f"the model reads pyro.param({name!r}) without an initial value and the store has none"
-        )
+        raise KeyError(f"the model reads pyro.param({name!r}) without an initial value and the store has none")
     init = args[1]
     if "$$$" in name:
         return init

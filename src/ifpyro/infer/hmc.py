@@ -99,9 +99,7 @@ class HMC(Kernel[State]):
         self._window: list[Tensor] = []
         self._jump_acceptance: list[Tensor] = []
         self._index = 0
-        self._window_ends = (
-            {round(fraction * warmup_steps) for fraction in WINDOWS} if warmup_steps >= SHORT else set()
-        )
+        self._window_ends = {round(fraction * warmup_steps) for fraction in WINDOWS} if warmup_steps >= SHORT else set()
         self._last_window = max(self._window_ends, default=0)
         return hamiltonian.start(target, q, self.settle(target, q, warmup_steps, particles))
 

@@ -133,7 +133,5 @@ def jump(
     value.log_prior[accepted] = guide.value.log_prior[:count]
     value.log_likelihood[accepted] = guide.value.log_likelihood[:count]
     gradient[accepted] = guide.gradient[:count]
-    fine = Value(
-        choose(fine.log_prior, state.fine.log_prior), choose(fine.log_likelihood, state.fine.log_likelihood)
-    )
+    fine = Value(choose(fine.log_prior, state.fine.log_prior), choose(fine.log_likelihood, state.fine.log_likelihood))
     return State(choose(q, state.q), fine, Guide(value, gradient)), acceptance

@@ -54,9 +54,7 @@ class Layout:
     depth: int = 0  # dimensions of log-probabilities and plates: the batch dimension lies left of these
     dim: int = 0
     guarded: set[str] = field(default_factory=set)  # observed sites whose support may depend on latents
-    unmasked: set[str] = field(
-        default_factory=set
-    )  # latent sites whose masked-out entries matter to nothing else
+    unmasked: set[str] = field(default_factory=set)  # latent sites whose masked-out entries matter to nothing else
     params: dict[str, Tensor] = field(default_factory=dict)  # pyro.param values, held fixed
 
     @property

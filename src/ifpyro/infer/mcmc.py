@@ -165,9 +165,7 @@ class MCMC(Draws):
     def _from_values(self, target: Target, values: Mapping[str, Tensor]) -> Tensor:
         unconstrain = getattr(target.density, "unconstrain", None)
         if unconstrain is None:
-            raise TypeError(
-                "init as a dictionary needs a Pyro model; a density object takes 'smc' or 'prior'"
-            )
+            raise TypeError("init as a dictionary needs a Pyro model; a density object takes 'smc' or 'prior'")
         tensors = {name: torch.as_tensor(value) for name, value in values.items()}
         for name, value in tensors.items():
             if value.ndim == 0 or len(value) != self.num_chains:
@@ -185,15 +183,11 @@ class MCMC(Draws):
         self._positions = torch.stack(draws[:done], 1)
         self._stats = {name: torch.stack([now[name] for now in stats[:done]], 1) for name in stats[0]}
         self.attributes.update(self.kernel.report())
-        self.attributes.update(
-            warmup_steps=self.warmup_steps, divergences=int(self._stats["diverging"].sum())
-        )
+        self.attributes.update(warmup_steps=self.warmup_steps, divergences=int(self._stats["diverging"].sum()))
 
 
 def _show(bar: Any, warming: bool, stats: Stats, divergences: int) -> None:
     bar.set_description("warm-up" if warming else "sample", refresh=False)
     acceptance, step_size = float(stats["acceptance_rate"].mean()), float(stats["step_size"].mean())
-    bar.set_postfix_str(
-        f"accept={acceptance:.2f} step={step_size:.2g} divergences={divergences}", refresh=False
-    )
+    bar.set_postfix_str(f"accept={acceptance:.2f} step={step_size:.2g} divergences={divergences}", refresh=False)
     bar.update()

@@ -49,9 +49,7 @@ def collect_probes(runner: Runner) -> Probes:
     """
     layout = runner.layout
     first = _prior_draw(runner)
-    sizes = _probe_sizes(
-        _sizes_in(runner.args, runner.kwargs, list(layout.shapes.values()), layout.dim, first.values)
-    )
+    sizes = _probe_sizes(_sizes_in(runner.args, runner.kwargs, list(layout.shapes.values()), layout.dim, first.values))
     check_reproducible(runner, first.vector())
     points = _finite_points(runner, first, sum(sizes))
     layout.unmasked |= irrelevant_masked_sites(runner, points)
@@ -81,15 +79,13 @@ def _prior_draw(runner: Runner) -> FromPrior:
             run.totals()
     except BatchingError as error:
         raise ModelError(
-            f"the sites of the model change from run to run: {error}. Every run must visit the same latent "
-            "sites."
+            f"the sites of the model change from run to run: {error}. Every run must visit the same latent sites."
         ) from None
     for name, value in run.values.items():
         if name not in shapes or value.shape != shapes[name]:
             before = tuple(shapes[name]) if name in shapes else "absent"
             raise ModelError(
-                f"the sites of the model change from run to run: {name!r} was {before}, now "
-                f"{tuple(value.shape)}"
+                f"the sites of the model change from run to run: {name!r} was {before}, now {tuple(value.shape)}"
             )
     return run
 
@@ -126,8 +122,7 @@ def _finite_points(runner: Runner, first: FromPrior, num: int) -> Tensor:
         tries += 1
         if tries > 2 * _MAX_DRAWS:
             raise ModelError(
-                "the log-density is finite at isolated points only; check the likelihood's support and its "
-                "parameters"
+                "the log-density is finite at isolated points only; check the likelihood's support and its parameters"
             )
     return torch.stack(points)
 

@@ -17,8 +17,7 @@ def check_model(model: object, kernel: str) -> None:
     """Raises ``TypeError`` unless ``model`` can be called."""
     if not callable(model):
         raise TypeError(
-            f"{kernel} expects a Pyro model (a callable with pyro.sample statements), "
-            f"got {type(model).__name__}"
+            f"{kernel} expects a Pyro model (a callable with pyro.sample statements), got {type(model).__name__}"
         )
 
 
@@ -39,9 +38,7 @@ def resolve_density(
     """
     if all(hasattr(model, name) for name in ("dim", "sample_prior", "sites", "gaussian_prior")):
         if args or kwargs:
-            raise TypeError(
-                "run() expects no arguments when the kernel holds a density instead of a Pyro model"
-            )
+            raise TypeError("run() expects no arguments when the kernel holds a density instead of a Pyro model")
         density = model
     else:
         from ifpyro.infer.batch import BatchedModel
@@ -73,9 +70,7 @@ def check_start(value: Value, what: str) -> None:
             "check that the data lie in the support of the likelihood, or widen the likelihood"
         )
     if bool((value.log_likelihood == torch.inf).any()):
-        raise ValueError(
-            f"the model's log-likelihood is +inf at some of {len(total)} {what}: is a scale in it 0?"
-        )
+        raise ValueError(f"the model's log-likelihood is +inf at some of {len(total)} {what}: is a scale in it 0?")
     if bool(undefined.any()):
         warnings.warn(
             f"the model's log-density is NaN at {int(undefined.sum())} of {len(total)} {what}; "

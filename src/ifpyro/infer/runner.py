@@ -117,15 +117,9 @@ class Runner:
             return value.expand(n, *shape)  # does not depend on the draw
         own = value.dim() - len(shape)
         middle = value.shape[1:own]
-        if (
-            own < 1
-            or value.shape[0] not in (1, n)
-            or value.shape[own:] != shape
-            or any(s != 1 for s in middle)
-        ):
+        if own < 1 or value.shape[0] not in (1, n) or value.shape[own:] != shape or any(s != 1 for s in middle):
             raise BatchingError(
-                f"site {name!r} has shape {tuple(value.shape)} for {n} draws; for one draw it has "
-                f"{tuple(shape)}",
+                f"site {name!r} has shape {tuple(value.shape)} for {n} draws; for one draw it has {tuple(shape)}",
                 name,
             )
         return value.reshape(value.shape[0], *shape).expand(n, *shape)

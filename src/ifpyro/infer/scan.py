@@ -93,9 +93,7 @@ class Scan(Evaluate):
                 "logsumexp."
             )
         if isinstance(fn, Delta):
-            raise ModelError(
-                f"latent site {name!r} is a Delta, which has no density; use pyro.deterministic instead"
-            )
+            raise ModelError(f"latent site {name!r} is a Delta, which has no density; use pyro.deterministic instead")
         try:
             transform = biject_to(support)
         except NotImplementedError:
@@ -106,9 +104,7 @@ class Scan(Evaluate):
         shape = fn.batch_shape + fn.event_shape
         free = transform.inverse_shape(shape)
         if free[: len(fn.batch_shape)] != fn.batch_shape:
-            raise ModelError(
-                f"latent site {name!r}: its support {support} mixes batch dimensions; use .to_event()"
-            )
+            raise ModelError(f"latent site {name!r}: its support {support} mixes batch dimensions; use .to_event()")
         dtype = fn.sample().dtype
         site = LatentSite(
             name=name,
@@ -126,9 +122,7 @@ class Scan(Evaluate):
     def _inspect_observed(self, msg: Any) -> None:
         fn, name, value = msg["fn"], msg["name"], msg["value"]
         if not isinstance(value, Tensor):
-            raise ModelError(
-                f"observed site {name!r}: expected obs to be a tensor, got {type(value).__name__}"
-            )
+            raise ModelError(f"observed site {name!r}: expected obs to be a tensor, got {type(value).__name__}")
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ModelError(
                 f"observed site {name!r} contains NaN. A mask does not keep NaN out of the gradient: put "

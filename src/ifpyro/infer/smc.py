@@ -143,9 +143,7 @@ class SMC(Draws):
         # A lone island learns its metric half from half.
         groups = islands if islands > 1 or per_island % 2 else 2
         floor = 0.0
-        mover = Mover(
-            target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves
-        )
+        mover = Mover(target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves)
         beta = 0.0
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:

@@ -53,9 +53,7 @@ class Target:
         level: the guide's fidelity; chosen by measurement later if ``None``.
     """
 
-    def __init__(
-        self, density: BatchedDensity, batch_size: int | None = None, level: Level | None = None
-    ) -> None:
+    def __init__(self, density: BatchedDensity, batch_size: int | None = None, level: Level | None = None) -> None:
         self.density = density
         self.batch_size = batch_size
         self.level: Level = "coarse" if level is None else level
@@ -68,9 +66,7 @@ class Target:
         """The fine density at ``q`` of shape ``(n, dim)``, without a graph."""
         with torch.no_grad(), fidelity("fine"):
             parts = [self.density(chunk) for chunk in self._chunks(q)]
-        return self._watch(
-            Value(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
-        )
+        return self._watch(Value(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])))
 
     def guide(self, q: Tensor, beta: float = 1.0) -> Guide:
         """The guide's value and tempered gradient at ``q`` of shape ``(n, dim)``."""
@@ -107,9 +103,7 @@ class Target:
             if level == "fine":
                 break
             guide = self.guide_value(q)
-            if torch.equal(guide.log_likelihood, fine.log_likelihood) and torch.equal(
-                guide.log_prior, fine.log_prior
-            ):
+            if torch.equal(guide.log_likelihood, fine.log_likelihood) and torch.equal(guide.log_prior, fine.log_prior):
                 # A flow's coarse solve never agrees to the last bit on a whole batch: nothing here has two
                 # levels.
                 self.one_level = level == "coarse"

@@ -75,9 +75,7 @@ class Verifier:
         """Raise `BatchingError` unless first, middle and last row equal single draws."""
         rows = _some_rows(len(q))
         values = self.runner.values(batching, q)
-        check_values(
-            {name: value[rows] for name, value in values.items()}, [self.runner.single(q[i]) for i in rows]
-        )
+        check_values({name: value[rows] for name, value in values.items()}, [self.runner.single(q[i]) for i in rows])
 
     def _check_prior_draws(self, batching: Batching, n: int) -> None:
         runner = self.runner
@@ -144,9 +142,7 @@ def check_density(runner: Runner, batching: Batching, probes: Probes) -> None:
         for name, value in ours.items():
             expected = torch.stack([getattr(single, part)[name].detach() for single in singles])
             if not _agree(value.detach().expand(n), expected):
-                raise BatchingError(
-                    f"the log-probability of site {name!r} differs from that of single draws", name
-                )
+                raise BatchingError(f"the log-probability of site {name!r} differs from that of single draws", name)
     weights = torch.linspace(0.5, 1.5, n, dtype=q.dtype, device=q.device)
     for term, expected, part in zip(terms, probes.gradients, ("log-prior", "log-likelihood"), strict=True):
         if term.shape != (n,):
@@ -218,11 +214,7 @@ def _agree(value: Tensor, expected: Tensor) -> bool:
     if not torch.equal(finite, torch.isfinite(value)):
         return False
     magnitude = torch.where(finite, expected.abs(), expected.new_zeros(()))
-    size = (
-        magnitude.flatten(1).amax(1).reshape(-1, *(1,) * (expected.dim() - 1))
-        if expected.dim() > 1
-        else magnitude
-    )
+    size = magnitude.flatten(1).amax(1).reshape(-1, *(1,) * (expected.dim() - 1)) if expected.dim() > 1 else magnitude
     close = (value - expected).abs() <= _tolerance(expected.dtype) * (1 + size)
     return bool((close | (value == expected) | (torch.isnan(value) & torch.isnan(expected))).all())
 
