@@ -95,6 +95,7 @@ CASES = {
     "boolean max_steps": (fit(max_steps=True), ValueError, "max_steps expects an integer .* got True"),
     "no seconds": (fit(max_seconds=0), ValueError, "max_seconds expects a positive number .* got 0"),
     "seconds NaN": (fit(max_seconds=float("nan")), ValueError, "max_seconds expects a positive number"),
+    "seconds as text": (fit(max_seconds="60"), ValueError, "max_seconds expects a positive number .* got .60."),
     "no tolerance": (fit(tolerance=0.0), ValueError, "tolerance expects a positive number, got 0.0"),
     "an option that does not exist": (fit(epochs=3), TypeError, "epochs"),
     # supports
@@ -133,7 +134,8 @@ CASES = {
     "start NaN": (lambda: Schedule.details_first(start=float("nan")), ValueError, "0 < start"),
     "negative power": (lambda: Schedule.details_first(power=-1.0), ValueError, "finite power >= 0, got -1.0"),
     "infinite power": (lambda: Schedule.details_first(power=float("inf")), ValueError, "finite power"),
-    "keep nothing": (lambda: Schedule.reducing(keep=0), ValueError, "keep >= 1"),
+    "keep nothing": (lambda: Schedule.reducing(keep=0), ValueError, "keep to be an integer >= 1, got 0"),
+    "keep a fraction": (lambda: Schedule.reducing(keep=1.5), ValueError, "keep to be an integer >= 1, got 1.5"),
     "keep too much": (fit(schedule=Schedule.reducing(keep=4, gap=0.5)), ValueError, "keep <= 3 axes .* got keep=4"),
     "gap of two": (lambda: Schedule.reducing(keep=1, gap=2.0), ValueError, "0 < gap < 2"),
     "g of another length": (

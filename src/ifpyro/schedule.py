@@ -254,8 +254,8 @@ class Reducing(Schedule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.keep < 1:
-            raise ValueError(f"reducing expects keep >= 1 axes, got {self.keep}")
+        if not isinstance(self.keep, int) or self.keep < 1:
+            raise ValueError(f"reducing expects keep to be an integer >= 1, got {self.keep!r}")
         if not 0 < self.gap < 2:
             raise ValueError(f"reducing expects 0 < gap < 2 (every axis must still inflate), got {self.gap}")
 

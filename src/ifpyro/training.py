@@ -445,7 +445,7 @@ def _unlike_units(x: Tensor) -> bool:
 def _check_limits(max_steps: int | None, max_seconds: float | None, tolerance: float) -> None:
     if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
         raise ValueError(f"max_steps expects an integer >= 0 (0 gives a Gaussian), got {max_steps!r}")
-    if max_seconds is not None and not max_seconds > 0:
+    if max_seconds is not None and not (isinstance(max_seconds, int | float) and max_seconds > 0):
         raise ValueError(f"max_seconds expects a positive number of seconds, got {max_seconds!r}")
-    if not tolerance > 0:
+    if not (isinstance(tolerance, int | float) and tolerance > 0):
         raise ValueError(f"tolerance expects a positive number, got {tolerance!r}")
