@@ -11,6 +11,7 @@ accepted at all. In many dimensions they are not: then each chain stays in the m
 says so, and the weights are those of the SMC particles.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -32,6 +33,10 @@ WINDOWS = (0.15, 0.35, 0.65)
 
 LEAST_JUMPS = 0.01
 """Acceptance of independence jumps below which they are dropped."""
+
+
+JUMP_COST = 4.0
+"""Cost of one independence jump (a fine evaluation, and the guide where it is accepted), in guide gradients."""
 
 
 class HMC(Kernel[State]):
@@ -99,6 +104,7 @@ class HMC(Kernel[State]):
         self._window: list[Tensor] = []
         self._jump_acceptance: list[Tensor] = []
         self._index = 0
+        self._most_steps = self.max_steps
         self._window_ends = {round(fraction * warmup_steps) for fraction in WINDOWS} if warmup_steps >= SHORT else set()
         self._last_window = max(self._window_ends, default=0)
         return hamiltonian.start(target, q, self.settle(target, q, warmup_steps, particles))
@@ -110,6 +116,7 @@ class HMC(Kernel[State]):
         jitter = self._length.jitter(self._index)
         before, step_size = self._metric.whiten(state.q), self._step.step_size
         state, info, stats = self._transition(state, jitter)
+        self._most_steps = self._worthwhile_steps()
         if self.step_size is None:
             self._step.update(harmonic_mean(info.guide_acceptance))
         if self.trajectory_length is None:
@@ -125,7 +132,7 @@ class HMC(Kernel[State]):
         if self.trajectory_length is None:
             self._length.freeze()
         if self._jump_acceptance and float(torch.stack(self._jump_acceptance).mean()) < LEAST_JUMPS:
-            self._proposal = None
+            self._proposal, self._most_steps = None, self.max_steps
         self._window, self._jump_acceptance = [], []
         return state
 
@@ -157,7 +164,7 @@ class HMC(Kernel[State]):
             self._target,
             state,
             step_size=step_size,
-            num_steps=self._length.num_steps(step_size, jitter, self.max_steps),
+            num_steps=self._length.num_steps(step_size, jitter, self._most_steps),
             metric=self._metric,
             generator=self._generator,
         )
@@ -178,6 +185,14 @@ class HMC(Kernel[State]):
             "fidelity_gap": gap,
         }
         return state, info, stats
+
+    def _worthwhile_steps(self) -> int:
+        """Most leapfrog steps that pay: jumps accepted with probability ``a`` make an independent draw for
+        ``JUMP_COST / a`` gradients, and a trajectory need not cost more."""
+        if self._proposal is None or not self._jump_acceptance or self.trajectory_length is not None:
+            return self._most_steps
+        acceptance = float(torch.stack(self._jump_acceptance).mean())
+        return min(self.max_steps, math.ceil(JUMP_COST / max(acceptance, LEAST_JUMPS)))
 
     def _renew(self, state: State, last: bool) -> State:
         """Metric, guide and jumps from the draws of the window that ends here."""
