@@ -38,7 +38,7 @@ from .velocity import MLP, Velocity
 
 _TIME_POWER = 1.5  # times are u^1.5: denser near the data end
 _WARM_UP = 0.03  # share of the run in which the learning rate rises
-_VALIDATION_ROWS = 8192  # noised rows in one evaluation of the validation loss
+_VALIDATION_ROWS = 16_384  # noised rows in one evaluation of the validation loss
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Recipe:
     rate: float = 5e-3
     weight_decay: float = 1e-2
     average: float = 0.999
-    patience: int = 4_000
+    patience: int = 16_000
     check_every: int = 200
 
     @classmethod
