@@ -216,6 +216,9 @@ def row(label: str, result: Result, reference: tuple[Tensor, Tensor] | None) -> 
     if draws < 8:
         return f"{what} – | – | – | – |"
     figures = convergence({"x": result.x})["x"]
+    if chains == 1:  # two halves of one chain stand for two
+        halves = result.x[:, : draws - draws % 2].reshape(2, -1, result.x.shape[-1])
+        figures = {**figures, "r_hat": convergence({"x": halves})["x"]["r_hat"]}
     ess, r_hat = float(np.nanmin(figures["n_eff"])), float(np.nanmax(figures["r_hat"]))
     error = "–" if reference is None else f"{cdf_gap(result.x.flatten(0, 1), *reference):.3f}"
     return f"{what} {ess:.0f} | {ess / result.seconds:.2f} | {r_hat:.3f} | {error} |"
