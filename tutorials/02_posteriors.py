@@ -141,7 +141,7 @@ mcmc.run(y)
 print(f"{time.perf_counter() - start:.0f} s")
 chains = mcmc.get_samples(group_by_chain=True)["image"]
 print("percent per class, SMC:      ", shares(draws))
-print("percent per class, HMC start:", shares(chains[:, 0]))
+print("percent per class, first HMC draw:", shares(chains[:, 0]))
 print("percent per class, HMC:      ", shares(chains.flatten(0, 1)))
 
 # %%
