@@ -18,8 +18,8 @@ import xarray
 from torch import Tensor
 
 import ifpyro
-from ifpyro.datasets import SAMPLE, Groups
 from ifpyro.draws import Result, read_result, rebind
+from ifpyro.groups import SAMPLE, Groups
 from ifpyro.sites import to_numpy
 from ifpyro.views import View, as_array, values_by_name
 
