@@ -46,7 +46,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
             if error <= tolerance:
                 break
         flow.grid = chosen
-        while flow.grid.steps < MOST_STEPS and measure(flow, x)["log_prob_error"] > LOG_PROB * tolerance:
+        while flow.grid.steps < MOST_STEPS and _log_prob_error(flow, x) > LOG_PROB * tolerance:
             flow.grid = replace(chosen, steps=flow.grid.steps + 2)
         chosen = flow.grid
         flow.coarse_steps = next(
@@ -54,7 +54,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
             chosen.steps,
         )
         for flow.refinements in range(1, MOST_REFINEMENTS + 1):
-            if measure(flow, x)["round_trip_rmse"] <= ROUND_TRIP:
+            if _round_trip(flow, x)[0] <= ROUND_TRIP:
                 break
     flow.report["numerics"] = {"tolerance": tolerance, **measure(flow, x)}
 
@@ -68,21 +68,29 @@ def measure(flow: InflationaryFlow, x: Tensor) -> dict[str, Any]:
         ``decode(encode(x)) - x`` in standard deviations and of ``encode(decode(z)) - z``.
     """
     with torch.no_grad():
-        z = flow.encode(x)
-        back = flow.decode(z)
-        sd = x.reshape(len(x), -1).std(0)
-        relative = (back - x).reshape(len(x), -1) / sd
-        few = x[:64]
-        fine = flow.log_prob(few)
-        with fidelity(steps=2 * flow.grid.steps):
-            finer = flow.log_prob(few)
+        data, latent = _round_trip(flow, x)
         return {
             "evaluations": flow.grid.evaluations,
-            "doubling_rmse": _doubling_error(flow, z, flow.grid),
-            "log_prob_error": float((fine - finer).abs().mean()),
-            "round_trip_rmse": float(relative.square().mean().sqrt()),
-            "round_trip_latent_rmse": float((flow.encode(back) - z).square().mean().sqrt()),
+            "doubling_rmse": _doubling_error(flow, flow.encode(x), flow.grid),
+            "log_prob_error": _log_prob_error(flow, x),
+            "round_trip_rmse": data,
+            "round_trip_latent_rmse": latent,
         }
+
+
+def _round_trip(flow: InflationaryFlow, x: Tensor) -> tuple[float, float]:
+    z = flow.encode(x)
+    back = flow.decode(z)
+    relative = (back - x).reshape(len(x), -1) / x.reshape(len(x), -1).std(0)
+    return float(relative.square().mean().sqrt()), float((flow.encode(back) - z).square().mean().sqrt())
+
+
+def _log_prob_error(flow: InflationaryFlow, x: Tensor) -> float:
+    few = x[:64]
+    once = flow.log_prob(few)
+    with fidelity(steps=2 * flow.grid.steps):
+        twice = flow.log_prob(few)
+    return float((once - twice).abs().mean())
 
 
 def _doubling_error(flow: InflationaryFlow, z: Tensor, grid: Grid) -> float:
