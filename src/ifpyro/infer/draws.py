@@ -1,13 +1,15 @@
 """What a finished run holds: draws of every named site, statistics per draw, and ArviZ's diagnostics of
 them."""
 
-from typing import Any
+import secrets
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ifpyro.fidelity import fidelity
 from ifpyro.infer import diagnostics
+from ifpyro.infer.arguments import check_count
 from ifpyro.infer.density import BatchedDensity
 
 SITE_ROWS = 4096
@@ -29,7 +31,21 @@ class Draws:
     _density: BatchedDensity | None = None
     _positions: Tensor | None = None
     _stats: dict[str, Tensor]
-    _batch_size: int | None = None
+
+    def __init__(
+        self,
+        *,
+        seed: int | None,
+        batch_size: int | None,
+        batching: Literal["plate", "vmap", "loop"] | None,
+        progress: bool,
+    ) -> None:
+        self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
+        self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        self._batching = batching
+        self._progress = progress
+        self._stats = {}
+        self.attributes = {}
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Draws of every named site in the user's space.

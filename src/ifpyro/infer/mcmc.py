@@ -1,7 +1,6 @@
 """The driver of Markov chains: where they start, how long they run, what is kept when something goes
 wrong."""
 
-import secrets
 import time
 import warnings
 from collections.abc import Mapping
@@ -73,12 +72,7 @@ class MCMC(Draws):
             check_choice("init", init, ("smc", "prior", "a dictionary of values"))
         self.init = init
         self.smc_particles = check_count("smc_particles", smc_particles, 2 * ISLANDS)
-        self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
-        self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
-        self._batching = batching
-        self._progress = progress
-        self._stats = {}
-        self.attributes = {}
+        super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress)
 
     def run(self, *args: Any, **kwargs: Any) -> "MCMC":
         """Sample the posterior of ``model(*args, **kwargs)``.

@@ -12,7 +12,6 @@ size): the spread of their evidences is an honest standard error, and islands se
 """
 
 import math
-import secrets
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -105,12 +104,7 @@ class SMC(Draws):
         self.target_accept = check_fraction("target_accept", target_accept)
         self.max_steps = check_count("max_steps", max_steps, 1)
         self.level = level
-        self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
-        self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
-        self._batching = batching
-        self._progress = progress
-        self._stats = {}
-        self.attributes = {}
+        super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress)
 
     def run(self, *args: Any, **kwargs: Any) -> "SMC":
         """Sample the posterior of ``model(*args, **kwargs)``.
