@@ -1,5 +1,6 @@
 """Inflationary flows as Pyro priors: train on samples, infer on the Gaussian latent, read the answer in ArviZ."""
 
+import importlib
 from typing import Any
 
 from .fidelity import fidelity
@@ -21,6 +22,7 @@ __all__ = [
     "FlowTransform",
     "InflationaryFlow",
     "Schedule",
+    "calibration",
     "fidelity",
     "fit",
     "load",
@@ -34,4 +36,6 @@ def __getattr__(name: str) -> Any:
         from .arviz import to_arviz
 
         return to_arviz
+    if name == "calibration":  # SciPy's statistics likewise
+        return importlib.import_module(".calibration", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
