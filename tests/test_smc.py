@@ -7,6 +7,7 @@ import torch
 
 from exact_densities import BIASES, PROBLEMS, GaussianMixture, conjugate, statistics, two_modes
 from ifpyro.infer import SMC
+from ifpyro.infer.independence import LEAST_JUMPS
 from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
 
 
@@ -101,6 +102,53 @@ def test_prior_draws_that_carry_the_weight_need_a_single_step():
     assert smc.attributes["pareto_k"] == smc.pareto_k
     assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.2
     assert SMC(conjugate(sd=0.05), 128, seed=1, progress=False).run().pareto_k is None
+
+
+class Ring:
+    """A standard normal prior in the plane and a likelihood that holds it to a thin circle."""
+
+    dim, gaussian_prior = 2, True
+
+    def __init__(self, sd):
+        self.sd, self.gradients = sd, 0
+        r = torch.linspace(0, 4, 400_001, dtype=torch.float64)
+        mass = r * (-0.5 * r.square() - 0.5 * ((r - 1) / sd).square()).exp()
+        self.log_evidence = float(torch.trapezoid(mass, r).log())
+
+    def __call__(self, q):
+        self.gradients += len(q) * torch.is_grad_enabled()
+        log_prior = -0.5 * q.square().sum(-1) - math.log(2 * math.pi)
+        return log_prior, -0.5 * ((q.norm(dim=-1) - 1) / self.sd).square()
+
+    def sample_prior(self, num, generator):
+        return torch.randn(num, 2, generator=generator)
+
+    def sites(self, q):
+        return {"q": q}
+
+
+def test_jumps_carry_particles_along_pieces_too_thin_for_leapfrog_steps():
+    problem = Ring(0.005)
+    smc = SMC(problem, 1024, num_islands=8, seed=2, progress=False).run()
+    assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.5
+    angle = torch.atan2(*smc.positions().double().unbind(-1))
+    for statistic in (angle.cos(), angle.sin(), (2 * angle).cos(), (2 * angle).sin()):  # all zero on average
+        islands = statistic.mean(1)
+        assert abs(float(islands.mean())) < 4 * float(islands.std()) / 8**0.5
+        assert float(islands.std()) < 0.15
+    assert smc.stages[-1].jumps > 0.2
+    assert problem.gradients / 1024 < 60 * len(smc.stages)  # leapfrog alone would need 300 for one way round
+
+
+def test_jumps_are_dropped_where_they_are_hardly_ever_accepted():
+    smc = SMC(conjugate(sd=0.01), 64, seed=1, progress=False).run()
+    assert any(stage.jumps > 0 for stage in smc.stages)
+    mix = torch.linalg.qr(torch.randn(48, 48, generator=generator()))[0]
+    hard = GaussianMixture([1.0], torch.zeros(1, 48), torch.eye(48)[None], mix, torch.ones(48), 0.02)
+    stages = SMC(hard, 128, seed=1, progress=False).run().stages
+    dropped = [stage.jumps < LEAST_JUMPS for stage in stages]
+    assert dropped[-1]
+    assert dropped == sorted(dropped)
 
 
 # -- the result ------------------------------------------------------------------------------------
@@ -222,6 +270,7 @@ def test_partly_undefined_likelihoods_count_as_impossible():
         ({"num_particles": 0}, "num_particles must be an integer of at least 2, got 0"),
         ({"num_particles": 10, "num_islands": 4}, "multiple of num_islands"),
         ({"num_particles": 4, "num_islands": 4}, "at least 2 each"),
+        ({"num_particles": 255, "num_islands": 1}, "a lone island .* an even number"),
         ({"num_islands": -1}, "num_islands must be an integer of at least 1"),
         ({"ess_threshold": 1.5}, "ess_threshold must be a number strictly between 0 and 1"),
         ({"max_moves": 0}, "max_moves"),

@@ -11,7 +11,6 @@ accepted at all. In many dimensions they are not: then each chain stays in the m
 says so, and the weights are those of the SMC particles.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from ifpyro.infer import hamiltonian
 from ifpyro.infer.adaptation import DualAveraging, TrajectoryLength, harmonic_mean
 from ifpyro.infer.arguments import check_choice, check_count, check_fraction, check_positive
 from ifpyro.infer.hamiltonian import Info, State
-from ifpyro.infer.independence import IndependenceProposal, jump
+from ifpyro.infer.independence import LEAST_JUMPS, IndependenceProposal, jump, worthwhile_steps
 from ifpyro.infer.kernel import SHORT, Kernel, Stats
 from ifpyro.infer.metric import Metric, metric_from_draws
 from ifpyro.infer.smc import SMC
@@ -30,13 +29,6 @@ from ifpyro.infer.target import Target
 
 WINDOWS = (0.15, 0.35, 0.65)
 """Fractions of the warm-up at which metric and guide are renewed; the rest tunes the step alone."""
-
-LEAST_JUMPS = 0.01
-"""Acceptance of independence jumps below which they are dropped."""
-
-
-JUMP_COST = 4.0
-"""Cost of one independence jump (a fine evaluation, and the guide where it is accepted), in guide gradients."""
 
 
 class HMC(Kernel[State]):
@@ -187,12 +179,10 @@ class HMC(Kernel[State]):
         return state, info, stats
 
     def _worthwhile_steps(self) -> int:
-        """Most leapfrog steps that pay: jumps accepted with probability ``a`` make an independent draw for
-        ``JUMP_COST / a`` gradients, and a trajectory need not cost more."""
+        """Most leapfrog steps that pay."""
         if self._proposal is None or not self._jump_acceptance or self.trajectory_length is not None:
             return self._most_steps
-        acceptance = float(torch.stack(self._jump_acceptance).mean())
-        return min(self.max_steps, math.ceil(JUMP_COST / max(acceptance, LEAST_JUMPS)))
+        return worthwhile_steps(float(torch.stack(self._jump_acceptance).mean()), self.max_steps)
 
     def _renew(self, state: State, last: bool) -> State:
         """Metric, guide and jumps from the draws of the window that ends here."""

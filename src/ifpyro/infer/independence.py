@@ -1,18 +1,19 @@
 r"""Independence jumps: Metropolis-Hastings proposals that do not care where the chain stands.
 
-The proposal is a frozen mixture, fitted to reference draws (the SMC particles, or warm-up draws):
+The proposal is a frozen mixture, fitted to reference draws (other islands' particles, or warm-up draws):
 
     g(q) = w p(q) + (1 - w)/M sum_m N(q; r_m, h^2 C_m),
 
 the model's own prior ``p`` (sampled exactly; it guards the tails) beside one Gaussian per reference draw
 whose shape ``C_m`` comes from its nearest neighbours. A jump is accepted with ``min(1, pi(q') g(q) / (pi(q)
 g(q')))``, so the posterior stays invariant whatever the mixture looks like (Tierney 1994, section 2.3.3). In
-a few dimensions such jumps are nearly independent draws and carry chains between separated modes; in many
-they are hardly ever accepted, and the kernel then drops them.
+a few dimensions such jumps are nearly independent draws and carry chains between separated modes and along
+pieces too thin for any step size; in many they are hardly ever accepted, and the samplers then drop them.
 """
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +24,24 @@ from ifpyro.infer.target import Guide, Target, Value, pad_rows
 PRIOR_WEIGHT = 0.1
 BANDWIDTHS = (0.15, 0.25, 0.4, 0.6, 0.9, 1.2)
 MAX_COMPONENTS = 512
+
+LEAST_JUMPS = 0.01
+"""Acceptance of jumps below which samplers drop them."""
+
+JUMP_COST = 4.0
+"""Cost of one jump (a fine evaluation, and the guide where it is accepted), in guide gradients."""
+
+
+class Proposal(Protocol):
+    """What `jump` needs: draws, and their density."""
+
+    def log_density(self, q: Tensor, log_prior: Tensor) -> Tensor:
+        """``log g(q)``, shape ``(n,)``, given the model's log-prior at ``q``."""
+        ...
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """``num`` draws, ``(num, dim)``."""
+        ...
 
 
 class IndependenceProposal:
@@ -100,10 +119,50 @@ class IndependenceProposal:
         return torch.where(from_prior[:, None], self._target.density.sample_prior(num, generator), local)
 
 
+class GroupedProposal:
+    """Equal runs of consecutive rows, each with a proposal of its own."""
+
+    def __init__(self, proposals: Sequence[Proposal]) -> None:
+        self._proposals = proposals
+
+    def log_density(self, q: Tensor, log_prior: Tensor) -> Tensor:
+        """See `Proposal.log_density`; ``n`` is a multiple of the number of groups."""
+        groups = len(self._proposals)
+        rows = zip(self._proposals, q.chunk(groups), log_prior.chunk(groups), strict=True)
+        return torch.cat([proposal.log_density(*row) for proposal, *row in rows])
+
+    def sample(self, num: int, generator: torch.Generator) -> Tensor:
+        """See `Proposal.sample`; ``num`` is a multiple of the number of groups."""
+        each = num // len(self._proposals)
+        return torch.cat([proposal.sample(each, generator) for proposal in self._proposals])
+
+
+def cross_fitted_proposal(q: Tensor, groups: int, target: Target) -> GroupedProposal:
+    """For each group of consecutive draws the proposal fitted to *the others*.
+
+    A proposal with a kernel around the very particle that it moves offers that particle its own place again;
+    see also `ifpyro.infer.metric.cross_fitted_metric`.
+
+    Args:
+        q: equally weighted draws, ``(n, dim)``, ``n`` a multiple of ``groups``.
+        groups: how many groups, at least 2.
+        target: the model.
+    """
+    parts = q.chunk(groups)
+    others = [torch.cat([*parts[:group], *parts[group + 1 :]]) for group in range(groups)]
+    return GroupedProposal([IndependenceProposal(draws, target) for draws in others])
+
+
+def worthwhile_steps(acceptance: float, most: int) -> int:
+    """Most leapfrog steps that pay beside jumps: these make an independent draw for ``JUMP_COST /
+    acceptance`` gradients, and a trajectory need not cost more."""
+    return min(most, math.ceil(JUMP_COST / max(acceptance, LEAST_JUMPS)))
+
+
 def jump(
-    target: Target, state: State, proposal: IndependenceProposal, generator: torch.Generator
+    target: Target, state: State, proposal: Proposal, generator: torch.Generator, beta: float = 1.0
 ) -> tuple[State, Tensor]:
-    """One independence jump of every chain at ``beta = 1``; fine posterior invariant.
+    """One independence jump of every chain; the fine density at inverse temperature ``beta`` is invariant.
 
     Returns:
         the new state and the acceptance probabilities ``(n,)``.
@@ -111,8 +170,8 @@ def jump(
     q = proposal.sample(len(state.q), generator)
     fine = target.fine(q)
     log_ratio = (
-        fine.tempered(1.0)
-        - state.fine.tempered(1.0)
+        fine.tempered(beta)
+        - state.fine.tempered(beta)
         + proposal.log_density(state.q, state.fine.log_prior)
         - proposal.log_density(q, fine.log_prior)
     )
@@ -127,7 +186,7 @@ def jump(
 
     # Only the chains that jumped need the guide at their new place.
     count = int(accepted.sum())
-    guide = target.guide(pad_rows(q[accepted], len(q)))
+    guide = target.guide(pad_rows(q[accepted], len(q)), beta)
     value = Value(state.guide.value.log_prior.clone(), state.guide.value.log_likelihood.clone())
     gradient = state.guide.gradient.clone()
     value.log_prior[accepted] = guide.value.log_prior[:count]

@@ -1,4 +1,7 @@
-"""Moving a population of particles at one temperature until it has forgotten where it stood."""
+"""Moving a population of particles at one temperature until it has forgotten where it stood.
+
+A move is a Hamiltonian transition and, as long as such are accepted, an independence jump.
+"""
 
 import math
 from typing import NamedTuple
@@ -10,6 +13,7 @@ from ifpyro.fidelity import Level
 from ifpyro.infer import hamiltonian
 from ifpyro.infer.adaptation import TrajectoryLength, harmonic_mean
 from ifpyro.infer.hamiltonian import Info, State
+from ifpyro.infer.independence import LEAST_JUMPS, cross_fitted_proposal, jump, worthwhile_steps
 from ifpyro.infer.metric import Metric
 from ifpyro.infer.target import Target, Value
 
@@ -26,13 +30,15 @@ class Stage(NamedTuple):
     beta: float
     """Inverse temperature reached."""
     moves: int
-    """Hamiltonian moves made there."""
+    """Moves made there."""
     step_size: float
     """Leapfrog step at its end, in whitened units."""
     num_steps: int
     """Leapfrog steps spent per particle."""
     acceptance: float
-    """Mean acceptance of the moves."""
+    """Mean acceptance of the Hamiltonian moves."""
+    jumps: float
+    """Mean acceptance of the independence jumps; 0 where they were dropped."""
     correlation: float
     """Correlation of the particles with where they stood before the moves: root mean square over axes, or
     that of the log-likelihood if larger."""
@@ -59,6 +65,7 @@ class Mover:
         target_accept: harmonic-mean acceptance at which it aims.
         max_steps: most leapfrog steps per move.
         max_moves: most moves per temperature.
+        groups: the particles are this many equal runs of rows whose jumps are fitted to one another.
     """
 
     def __init__(
@@ -69,10 +76,12 @@ class Mover:
         target_accept: float,
         max_steps: int,
         max_moves: int,
+        groups: int,
     ) -> None:
         self.target, self.generator = target, generator
         self.step_size, self.length = step_size, TrajectoryLength()
         self.target_accept, self.max_steps, self.max_moves = target_accept, max_steps, max_moves
+        self.groups, self.jumping = groups, True
 
     def run(self, q: Tensor, fine: Value, beta: float, metric: Metric) -> Moved:
         """Move particles at ``q`` until they have decorrelated; ``prior * likelihood^beta`` stays
@@ -81,10 +90,17 @@ class Mover:
         state = hamiltonian.start(self.target, q, fine, beta)
         origin = metric.whiten(q)
         history: list[float] = []
-        steps, acceptance = 0, 0.0
+        steps, acceptance, jumps = 0, 0.0, 0.0
+        proposal = cross_fitted_proposal(q, self.groups, self.target) if self.jumping else None
         for move in range(self.max_moves):
+            if proposal is not None:
+                state, accepted = jump(self.target, state, proposal, self.generator, beta)
+                jumps += float(accepted.mean())
+                if jumps < LEAST_JUMPS * (move + 1):
+                    proposal, self.jumping = None, False  # colder targets are no easier
+            most = self.max_steps if proposal is None else worthwhile_steps(jumps / (move + 1), self.max_steps)
             jitter, step_size = self.length.jitter(move), self.step_size
-            num_steps = self.length.num_steps(step_size, jitter, self.max_steps)
+            num_steps = self.length.num_steps(step_size, jitter, most)
             before = metric.whiten(state.q)
             state, info = hamiltonian.transition(
                 self.target,
@@ -109,7 +125,9 @@ class Mover:
             if _decorrelated(history, len(q)):
                 break
         moves = len(history)
-        stage = Stage(beta, moves, self.step_size, steps, acceptance / moves, history[-1], self.target.level)
+        stage = Stage(
+            beta, moves, self.step_size, steps, acceptance / moves, jumps / moves, history[-1], self.target.level
+        )
         return Moved(state, info, stage)
 
 

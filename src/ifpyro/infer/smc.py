@@ -2,8 +2,9 @@ r"""Tempered sequential Monte Carlo: from exact prior draws to the posterior, wi
 
 Particles pass through ``pi_k(q) ~ prior(q) likelihood(q)^beta_k`` for ``0 = beta_0 < ... < beta_K = 1``. Each
 stage reweights by ``likelihood^(beta_{k+1} - beta_k)``, resamples, and moves every particle by Hamiltonian
-Monte Carlo that leaves ``pi_{k+1}`` invariant (Del Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin &
-Jacob 2021 for HMC moves). The evidence is estimated by the product of mean incremental weights,
+Monte Carlo, and by independence jumps as long as these are accepted, which leave ``pi_{k+1}`` invariant (Del
+Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin & Jacob 2021 for HMC moves; South, Pettitt & Drovandi
+2019 for independence jumps). The evidence is estimated by the product of mean incremental weights,
 
     log Z = sum_k log( 1/N sum_i likelihood(q_i)^(beta_{k+1} - beta_k) ).
 
@@ -99,6 +100,11 @@ class SMC(Draws):
                 "num_particles must be a multiple of num_islands with at least 2 each, "
                 f"got {num_particles} particles for {num_islands} islands"
             )
+        if num_islands == 1 and num_particles % 2:
+            raise ValueError(
+                "a lone island is tuned half from half and needs an even number of particles, "
+                f"got num_particles={num_particles}"
+            )
         self.ess_threshold = check_fraction("ess_threshold", ess_threshold)
         self.max_moves = check_count("max_moves", max_moves, 1)
         self.target_accept = check_fraction("target_accept", target_accept)
@@ -134,10 +140,11 @@ class SMC(Draws):
         self.stages, self.pareto_k = [], None
         islands, per_island = self.num_islands, self.num_particles // self.num_islands
         log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
-        # A lone island learns its metric half from half.
-        groups = islands if islands > 1 or per_island % 2 else 2
+        groups = max(islands, 2)  # a lone island is tuned half from half
         floor = 0.0
-        mover = Mover(target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves)
+        mover = Mover(
+            target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves, groups
+        )
         beta = 0.0
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:
