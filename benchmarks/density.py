@@ -48,7 +48,7 @@ def main() -> None:
 def moons() -> None:
     x = torch.as_tensor(make_moons(20_000, noise=NOISE, random_state=0)[0], dtype=torch.float32)
     test = torch.as_tensor(make_moons(20_000, noise=NOISE, random_state=1)[0], dtype=torch.float32)
-    exact = moons_log_density(test.double())
+    exact = ifpyro.datasets.moons(NOISE).log_prob(test)
     print(f"moons, 20,000 points, exact mean held-out log-likelihood {float(exact.mean()):.4f}")
     print("| model | nats below exact | standard error | seconds of training |\n|---|---|---|---|")
     sd = x.std(0)
@@ -59,16 +59,6 @@ def moons() -> None:
         training = flow.report["training"]
         print(f"| {label} | {float(gap.mean()):.4f} | {error:.4f} | {training['seconds']:.0f} |", flush=True)
         print(f"  ({training['samples_seen']:,} training samples seen, stopped by {training['stopped']})")
-
-
-def moons_log_density(x: Tensor) -> Tensor:
-    """Exact log-density of noisy moons: a uniform angle on either half circle, convolved with the noise."""
-    angle = (torch.arange(4000, dtype=torch.double) + 0.5) / 4000 * math.pi
-    upper = torch.stack([angle.cos(), angle.sin()], -1)
-    lower = torch.stack([1 - angle.cos(), 0.5 - angle.sin()], -1)
-    centres = torch.cat([upper, lower])
-    parts = [torch.logsumexp(-0.5 * torch.cdist(rows, centres) ** 2 / NOISE**2, 1) for rows in x.split(500)]
-    return torch.cat(parts) - math.log(len(centres)) - math.log(2 * math.pi * NOISE**2)
 
 
 # -- real tables -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from . import datasets
 from .fidelity import fidelity
 from .flow import InflationaryFlow
 from .infer import HMC, MCMC, SMC, EllipticalSlice
@@ -23,6 +24,7 @@ __all__ = [
     "InflationaryFlow",
     "Schedule",
     "calibration",
+    "datasets",
     "fidelity",
     "fit",
     "load",
