@@ -21,7 +21,7 @@ from ifpyro.infer import hamiltonian
 from ifpyro.infer.adaptation import DualAveraging, TrajectoryLength, harmonic_mean
 from ifpyro.infer.arguments import check_choice, check_count, check_fraction, check_positive
 from ifpyro.infer.hamiltonian import Info, State
-from ifpyro.infer.independence import LEAST_JUMPS, IndependenceProposal, jump, worthwhile_steps
+from ifpyro.infer.independence import LEAST_JUMPS, MAX_DIM, IndependenceProposal, jump, worthwhile_steps
 from ifpyro.infer.kernel import SHORT, Kernel, Stats
 from ifpyro.infer.metric import Metric, metric_from_draws
 from ifpyro.infer.smc import SMC
@@ -43,7 +43,7 @@ class HMC(Kernel[State]):
         metric: ``"diagonal"``, ``"dense"``, or ``"auto"``: dense where there are draws enough to estimate it.
         target_accept: harmonic-mean acceptance of the guide at which the step size aims.
         max_steps: most leapfrog steps in one trajectory.
-        jumps: whether to add independence jumps.
+        jumps: whether to add independence jumps (in at most `MAX_DIM` dimensions).
         level: fidelity of the gradients: ``"coarse"``, ``"fine"`` or a number of solver steps; by default the
             cheapest that agrees with the fine density.
 
@@ -89,7 +89,7 @@ class HMC(Kernel[State]):
             step_size, length = particles.tuning.step_size, particles.tuning.length
             cloud = particles.pooled(particles.num_particles)
             self._metric = self._fit_metric(cloud)
-            if self.jumps:
+            if self._may_jump(q):
                 self._proposal = IndependenceProposal(cloud, target)
         self._step = DualAveraging(self.step_size or step_size, self.target_accept)
         self._length = TrajectoryLength(self.trajectory_length or length, self.criterion)
@@ -194,11 +194,14 @@ class HMC(Kernel[State]):
                 self._step.restart(self._step.average)
         if last:
             self._jump_acceptance = []
-            if self.jumps and self._proposal is None:
+            if self._may_jump(draws) and self._proposal is None:
                 self._proposal = IndependenceProposal(draws, self._target)
         if self._target.choose_level(state.q, state.fine):
             state = hamiltonian.start(self._target, state.q, state.fine)
         return state
+
+    def _may_jump(self, q: Tensor) -> bool:
+        return self.jumps and q.shape[1] <= MAX_DIM
 
     def _fit_metric(self, draws: Tensor) -> Metric:
         return metric_from_draws(draws, dense={"auto": None, "dense": True, "diagonal": False}[self.metric])

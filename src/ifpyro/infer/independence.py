@@ -25,6 +25,9 @@ PRIOR_WEIGHT = 0.1
 BANDWIDTHS = (0.15, 0.25, 0.4, 0.6, 0.9, 1.2)
 MAX_COMPONENTS = 512
 
+MAX_DIM = 32
+"""Most dimensions in which jumps are tried: beyond, fitting them costs more than they ever bring."""
+
 LEAST_JUMPS = 0.01
 """Acceptance of jumps below which samplers drop them."""
 

@@ -13,7 +13,7 @@ from ifpyro.fidelity import Level
 from ifpyro.infer import hamiltonian
 from ifpyro.infer.adaptation import TrajectoryLength, harmonic_mean
 from ifpyro.infer.hamiltonian import Info, State
-from ifpyro.infer.independence import LEAST_JUMPS, cross_fitted_proposal, jump, worthwhile_steps
+from ifpyro.infer.independence import MAX_DIM, cross_fitted_proposal, jump, worthwhile_steps
 from ifpyro.infer.metric import Metric
 from ifpyro.infer.target import Target, Value
 
@@ -22,6 +22,9 @@ MIN_MOVES = 4
 
 CORRELATION = 0.1
 """Correlation with the start of a temperature at which its moves stop."""
+
+WORTH_JUMPING = 0.05
+"""Acceptance of jumps below which they are dropped: resampling moves mass between modes anyway."""
 
 
 class Stage(NamedTuple):
@@ -91,12 +94,12 @@ class Mover:
         origin = metric.whiten(q)
         history: list[float] = []
         steps, acceptance, jumps = 0, 0.0, 0.0
-        proposal = cross_fitted_proposal(q, self.groups, self.target) if self.jumping else None
+        proposal = cross_fitted_proposal(q, self.groups, self.target) if self.jumping and q.shape[1] <= MAX_DIM else None
         for move in range(self.max_moves):
             if proposal is not None:
                 state, accepted = jump(self.target, state, proposal, self.generator, beta)
                 jumps += float(accepted.mean())
-                if jumps < LEAST_JUMPS * (move + 1):
+                if jumps < WORTH_JUMPING * (move + 1):
                     proposal, self.jumping = None, False  # colder targets are no easier
             most = self.max_steps if proposal is None else worthwhile_steps(jumps / (move + 1), self.max_steps)
             jitter, step_size = self.length.jitter(move), self.step_size
