@@ -15,7 +15,7 @@ from pyro.infer.reparam import TransformReparam
 
 import ifpyro.infer
 from ifpyro import InflationaryFlow, Schedule
-from ifpyro.arviz import to_arviz
+from ifpyro.arviz import pareto_k, to_arviz
 from ifpyro.basis import Basis
 from ifpyro.velocity import MLP
 
@@ -726,3 +726,10 @@ def test_sites_that_come_and_go_are_refused():
 
     with pytest.raises(ValueError, match="came or went: \\['sometimes'\\]"):
         to_arviz({"mu": draws()}, model=model, args=(Y,), progress=False)
+
+
+@pytest.mark.parametrize("shape", [0.3, 1.5])
+def test_pareto_k_is_the_shape_of_the_tail(shape):
+    """Weights ``exp(shape x^2 / 2)`` of a standard normal ``x`` have a tail of exactly this shape."""
+    x = np.random.default_rng(0).standard_normal(20_000)
+    assert pareto_k(shape * x**2 / 2) == pytest.approx(shape, abs=0.15)

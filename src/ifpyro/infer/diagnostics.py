@@ -37,9 +37,4 @@ def pareto_k(log_weight: Tensor) -> float:
         values = values[np.isfinite(values)]
     if len(values) < 25 or np.ptp(values) == 0.0:
         return float("nan")  # no tail to fit
-    psislw = getattr(bridge.arviz, "psislw", None)
-    if psislw is None:  # ArviZ 1.x keeps it with its array functions
-        from arviz_stats.base import array_stats  # type: ignore[import-not-found]
-
-        psislw = array_stats.psislw
-    return float(psislw(values)[1])
+    return bridge.pareto_k(values)
