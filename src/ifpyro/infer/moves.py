@@ -94,7 +94,8 @@ class Mover:
         origin = metric.whiten(q)
         history: list[float] = []
         steps, acceptance, jumps = 0, 0.0, 0.0
-        proposal = cross_fitted_proposal(q, self.groups, self.target) if self.jumping and q.shape[1] <= MAX_DIM else None
+        self.jumping &= q.shape[1] <= MAX_DIM
+        proposal = cross_fitted_proposal(q, self.groups, self.target) if self.jumping else None
         for move in range(self.max_moves):
             if proposal is not None:
                 state, accepted = jump(self.target, state, proposal, self.generator, beta)
