@@ -128,12 +128,12 @@ def test_quadrature_is_converged_up_to_eight_noises_from_the_curve(name, monkeyp
         torch.testing.assert_close(toy.log_prob(x), fine.log_prob(x), atol=1e-10, rtol=0)
 
 
-def test_nodes_are_the_mixture_that_the_set_is():
-    toy = datasets.moons()
-    nodes, weights = toy.nodes(1.5)
+@pytest.mark.parametrize("name", ["circles", "moons", "paper moons"])
+def test_mixture_is_the_set(name):
+    toy = ALL[name]
+    weights, means, covariances = toy.mixture()
     mixture = torch.distributions.MixtureSameFamily(
-        torch.distributions.Categorical(weights),
-        torch.distributions.MultivariateNormal(nodes, toy.noise**2 * torch.eye(2, dtype=torch.double)),
+        torch.distributions.Categorical(weights), torch.distributions.MultivariateNormal(means, covariances)
     )
     x = toy.sample(500, seed=4, dtype=torch.double)
     torch.testing.assert_close(mixture.log_prob(x), toy.log_prob(x), atol=1e-6, rtol=0)
@@ -189,3 +189,5 @@ def test_errors_say_what_to_do():
         datasets.moons().log_prob(torch.zeros(5, 3))
     with pytest.raises(ValueError, match=r"scale of 3 positive numbers"):
         datasets.s_curve().unit_variance((1.0, 1.0))
+    with pytest.raises(ValueError, match=r"circles or moons"):
+        datasets.paper()["sine"].mixture()

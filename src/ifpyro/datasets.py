@@ -72,6 +72,16 @@ class ToySet(ABC):
             raise ValueError(f"log_prob expects points of shape (*batch, {self.dim}), got {tuple(x.shape)}")
         return self._log_density(x.double().reshape(-1, self.dim)).reshape(x.shape[:-1])
 
+    def mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The Gaussian mixture that a plane curve is to 1e-6 nats: weights ``(K,)``, means, covariances ``(K, 2, 2)``.
+
+        With it, everything that is exact for a Gaussian mixture is exact for the set.
+
+        Raises:
+            ValueError: for sets with hard edges (the sine), or in space.
+        """
+        raise ValueError("mixture expects a curve in the plane with noise on both coordinates: circles or moons")
+
     @abstractmethod
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         """``(n, D)``, double precision."""
@@ -133,6 +143,11 @@ class NoisyCurve(ToySet):
         """
         rules = [arc.quadrature(max(16, math.ceil(per_noise * arc.length / self.noise))) for arc in self.arcs]
         return torch.cat([p for p, _ in rules]), torch.cat([w for _, w in rules]) / len(rules)
+
+    def mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Equal covariances ``sigma^2 I`` about :meth:`nodes`."""
+        nodes, weights = self.nodes(1.5)
+        return weights, nodes, (self.noise**2 * torch.eye(2, dtype=torch.double)).expand(len(nodes), 2, 2)
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         u = torch.rand(n, generator=generator, dtype=torch.double)
@@ -214,6 +229,11 @@ class _Rescaled(ToySet):
         self.inner, self.shift, self.unit, self.dim = inner, shift, unit, inner.dim
         self.mean = (inner.mean - shift) / unit
         self.covariance = inner.covariance / unit / unit.unsqueeze(1)
+
+    def mixture(self) -> tuple[Tensor, Tensor, Tensor]:
+        """That of the inner set, moved along."""
+        weights, means, covariances = self.inner.mixture()
+        return weights, (means - self.shift) / self.unit, covariances / self.unit / self.unit.unsqueeze(1)
 
     def _draw(self, n: int, generator: torch.Generator) -> Tensor:
         return (self.inner._draw(n, generator) - self.shift) / self.unit
