@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     import pyro.distributions as dist
 
     from .prior import FlowTransform
+    from .reconstruction import Decoder
 
 _EXACT_UP_TO = 128  # axes; beyond, one Jacobian an evaluation costs more than a trained flow's own accuracy is worth
 
@@ -184,21 +185,21 @@ class InflationaryFlow(nn.Module):
         with torch.no_grad():
             return self.decode(z)
 
-    def decoder(self, k: int) -> Callable[[Tensor], Tensor]:
+    def decoder(self, k: int) -> "Decoder":
         """A map from the first ``k`` latents to data, the remaining latents at their mean, zero.
 
         Returns:
-            A function from ``(*batch, k)`` to ``(*batch, *event_shape)``.
+            A callable from ``(*batch, k)`` to ``(*batch, *event_shape)`` that knows the measured share of the variance
+            that it loses, ``.reconstruction_error``.
+
+        Raises:
+            ValueError: if ``k`` is not in ``1..latent_dim``.
         """
+        from .reconstruction import Decoder  # builds on this module
+
         if not 1 <= k <= self.latent_dim:
             raise ValueError(f"decoder expects 1 <= k <= {self.latent_dim} latents, got {k}")
-
-        def decode_leading(z: Tensor) -> Tensor:
-            if z.shape[-1:] != (k,):
-                raise ValueError(f"expected latents of shape (*batch, {k}), got {tuple(z.shape)}")
-            return self.decode(torch.nn.functional.pad(z, (0, self.latent_dim - k)))
-
-        return decode_leading
+        return Decoder(self, k)
 
     def trajectory(self, x: Tensor, steps: int = 32) -> tuple[Tensor, Tensor]:
         """The path of ``x`` through the paper's rescaled coordinates.

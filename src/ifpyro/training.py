@@ -27,6 +27,7 @@ from torch.distributions.constraints import Constraint
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from . import reconstruction
 from .basis import Basis
 from .flow import InflationaryFlow
 from .numerics import choose_grid
@@ -187,6 +188,7 @@ def fit(
         },
     )
     choose_grid(flow, held_out if len(held_out) >= 32 else x[:256], tolerance)
+    flow.report["reconstruction"] = reconstruction.measure(flow, train, held_out)
     return flow
 
 
