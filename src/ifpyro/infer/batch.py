@@ -124,6 +124,21 @@ class BatchedModel:
         """How many prior draws are made (unless the prior is N(0, I), which needs no model)."""
         return self._ways["prior"]
 
+    @property
+    def latents(self) -> tuple[str, ...]:
+        """Names of the latent sites, in the order in which they lie in ``q``."""
+        return tuple(self._layout.latents)
+
+    @property
+    def runner(self) -> Runner:
+        """The model in the form in which it is evaluated."""
+        return self._runner
+
+    @property
+    def probe_sizes(self) -> tuple[int, int]:
+        """Two batch sizes that occur nowhere in the model."""
+        return self._verifier.probes.sizes
+
     # -- what engines use -------------------------------------------------------------------------------
 
     def __call__(self, q: Tensor) -> Totals:

@@ -11,6 +11,7 @@ accepted at all. In many dimensions they are not: then each chain stays in the m
 says so, and the weights are those of the SMC particles.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,9 +22,17 @@ from ifpyro.infer import hamiltonian
 from ifpyro.infer.adaptation import DualAveraging, TrajectoryLength, harmonic_mean
 from ifpyro.infer.arguments import check_choice, check_count, check_fraction, check_positive
 from ifpyro.infer.hamiltonian import Info, State
-from ifpyro.infer.independence import LEAST_JUMPS, MAX_DIM, IndependenceProposal, jump, worthwhile_steps
+from ifpyro.infer.independence import (
+    LEAST_JUMPS,
+    MAX_DIM,
+    GroupedProposal,
+    IndependenceProposal,
+    Proposal,
+    jump,
+    worthwhile_steps,
+)
 from ifpyro.infer.kernel import SHORT, Kernel, Stats
-from ifpyro.infer.metric import Metric, metric_from_draws
+from ifpyro.infer.metric import Metric, grouped_metric, metric_from_draws
 from ifpyro.infer.smc import SMC
 from ifpyro.infer.target import Target
 
@@ -84,13 +93,13 @@ class HMC(Kernel[State]):
         self._target, self._generator = target, generator
         step_size, length = q.shape[1] ** -0.25, 1.5
         self._metric = Metric(torch.ones_like(q[0]))
-        self._proposal: IndependenceProposal | None = None
+        self._proposal: Proposal | None = None
         if particles is not None:
             step_size, length = particles.tuning.step_size, particles.tuning.length
-            cloud = particles.pooled(particles.num_particles)
+            cloud = particles.pooled(particles.num_particles).chunk(target.families)
             self._metric = self._fit_metric(cloud)
             if self._may_jump(q):
-                self._proposal = IndependenceProposal(cloud, target)
+                self._proposal = self._fit_proposal(cloud)
         self._step = DualAveraging(self.step_size or step_size, self.target_accept)
         self._length = TrajectoryLength(self.trajectory_length or length, self.criterion)
         self._window: list[Tensor] = []
@@ -186,16 +195,16 @@ class HMC(Kernel[State]):
 
     def _renew(self, state: State, last: bool) -> State:
         """Metric, guide and jumps from the draws of the window that ends here."""
-        draws = torch.cat(self._window)
+        draws = [torch.cat(q) for q in zip(*(q.chunk(self._target.families) for q in self._window), strict=True)]
         self._window = []
-        if len(draws) >= 10:
+        if draws and len(draws[0]) >= 10:
             self._metric = self._fit_metric(draws)
             if self.step_size is None:
                 self._step.restart(self._step.average)
         if last:
             self._jump_acceptance = []
-            if self._may_jump(draws) and self._proposal is None:
-                self._proposal = IndependenceProposal(draws, self._target)
+            if self._may_jump(state.q) and self._proposal is None:
+                self._proposal = self._fit_proposal(draws)
         if self._target.choose_level(state.q, state.fine):
             state = hamiltonian.start(self._target, state.q, state.fine)
         return state
@@ -203,5 +212,10 @@ class HMC(Kernel[State]):
     def _may_jump(self, q: Tensor) -> bool:
         return self.jumps and q.shape[1] <= MAX_DIM
 
-    def _fit_metric(self, draws: Tensor) -> Metric:
-        return metric_from_draws(draws, dense={"auto": None, "dense": True, "diagonal": False}[self.metric])
+    def _fit_proposal(self, draws: Sequence[Tensor]) -> Proposal:
+        several = len(draws) > 1
+        return GroupedProposal(draws, self._target) if several else IndependenceProposal(draws[0], self._target)
+
+    def _fit_metric(self, draws: Sequence[Tensor]) -> Metric:
+        dense = {"auto": None, "dense": True, "diagonal": False}[self.metric]
+        return grouped_metric(draws, dense=dense) if len(draws) > 1 else metric_from_draws(draws[0], dense=dense)

@@ -123,21 +123,53 @@ class IndependenceProposal:
 
 
 class GroupedProposal:
-    """Equal runs of consecutive rows, each with a proposal of its own."""
+    """Equal runs of consecutive rows, each with a proposal of its own; all are evaluated together.
 
-    def __init__(self, proposals: Sequence[Proposal]) -> None:
-        self._proposals = proposals
+    Args:
+        references: the draws to fit for each run, ``(M, dim)``.
+        target: the model, for exact prior draws.
+    """
+
+    def __init__(self, references: Sequence[Tensor], target: Target) -> None:
+        self._target = target
+        fitted = [IndependenceProposal(draws, target) for draws in references]
+        dim = references[0].shape[1]
+        self._count = torch.tensor([len(proposal.reference) for proposal in fitted], device=references[0].device)
+        most = int(self._count.max())
+
+        def stack(parts: list[Tensor], fill: float = 0.0) -> Tensor:
+            return torch.stack([torch.cat([p, p.new_full((most - len(p), *p.shape[1:]), fill)]) for p in parts])
+
+        self._reference = stack([p.reference for p in fitted])
+        self._factor = stack([p._factor for p in fitted])
+        self._inverse = stack([p._inverse.reshape(-1, dim, dim) for p in fitted]).flatten(1, 2)
+        self._centre = stack([p._centre.reshape(-1, dim) for p in fitted]).flatten(1)
+        # What pads a run of few components has no density.
+        self._log_det = stack([p._log_det for p in fitted], torch.inf)
+        self._bandwidth = torch.tensor([p.bandwidth for p in fitted]).to(self._reference)
 
     def log_density(self, q: Tensor, log_prior: Tensor) -> Tensor:
         """See `Proposal.log_density`; ``n`` is a multiple of the number of groups."""
-        groups = len(self._proposals)
-        rows = zip(self._proposals, q.chunk(groups), log_prior.chunk(groups), strict=True)
-        return torch.cat([proposal.log_density(*row) for proposal, *row in rows])
+        groups, most, dim = self._reference.shape
+        whitened = q.reshape(groups, -1, dim) @ self._inverse.mT - self._centre[:, None]
+        squared = whitened.reshape(groups, -1, most, dim).square().sum(-1)
+        constant = self._log_det + dim * (self._bandwidth.log() + 0.5 * math.log(2 * math.pi))[:, None]
+        log_kernels = -0.5 * squared / self._bandwidth[:, None, None].square() - constant[:, None]
+        mixture = log_kernels.logsumexp(-1) + math.log(1 - PRIOR_WEIGHT) - self._count.to(q).log()[:, None]
+        return torch.logaddexp(mixture.flatten(), log_prior + math.log(PRIOR_WEIGHT))
 
     def sample(self, num: int, generator: torch.Generator) -> Tensor:
         """See `Proposal.sample`; ``num`` is a multiple of the number of groups."""
-        each = num // len(self._proposals)
-        return torch.cat([proposal.sample(each, generator) for proposal in self._proposals])
+        groups, _, dim = self._reference.shape
+        options: dict[str, Any] = {"generator": generator, "device": self._reference.device}
+        uniform = torch.rand(groups, num // groups, dtype=torch.float64, **options)
+        index = (uniform * self._count[:, None]).long()
+        noise = torch.randn(groups, num // groups, dim, 1, dtype=self._reference.dtype, **options)
+        run = torch.arange(groups, device=index.device)[:, None]
+        step = self._bandwidth[:, None, None] * (self._factor[run, index] @ noise)[..., 0]
+        local = (self._reference[run, index] + step).reshape(num, dim)
+        from_prior = torch.rand(num, **options) < PRIOR_WEIGHT
+        return torch.where(from_prior[:, None], self._target.density.sample_prior(num, generator), local)
 
 
 def cross_fitted_proposal(q: Tensor, groups: int, target: Target) -> GroupedProposal:
@@ -148,12 +180,14 @@ def cross_fitted_proposal(q: Tensor, groups: int, target: Target) -> GroupedProp
 
     Args:
         q: equally weighted draws, ``(n, dim)``, ``n`` a multiple of ``groups``.
-        groups: how many groups, at least 2.
+        groups: how many groups, at least 2 in each of the target's families, whose others are its own.
         target: the model.
     """
-    parts = q.chunk(groups)
-    others = [torch.cat([*parts[:group], *parts[group + 1 :]]) for group in range(groups)]
-    return GroupedProposal([IndependenceProposal(draws, target) for draws in others])
+    others = []
+    for family in q.chunk(target.families):
+        parts = family.chunk(groups // target.families)
+        others += [torch.cat([*parts[:group], *parts[group + 1 :]]) for group in range(len(parts))]
+    return GroupedProposal(others, target)
 
 
 def worthwhile_steps(acceptance: float, most: int) -> int:
@@ -189,7 +223,11 @@ def jump(
 
     # Only the chains that jumped need the guide at their new place.
     count = int(accepted.sum())
-    guide = target.guide(pad_rows(q[accepted], len(q)), beta)
+    if target.families > 1:  # rows know their data by their place
+        new = target.guide(torch.where(accepted[:, None], q, state.q), beta)
+        guide = Guide(Value(*(term[accepted] for term in new.value)), new.gradient[accepted])
+    else:
+        guide = target.guide(pad_rows(q[accepted], len(q)), beta)
     value = Value(state.guide.value.log_prior.clone(), state.guide.value.log_likelihood.clone())
     gradient = state.guide.gradient.clone()
     value.log_prior[accepted] = guide.value.log_prior[:count]

@@ -11,6 +11,7 @@ only.
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import pyro
@@ -20,11 +21,11 @@ from torch import Tensor
 from ifpyro.infer.batch import BatchedModel
 from ifpyro.infer.handlers import Evaluate
 from ifpyro.infer.layout import BatchingError
+from ifpyro.infer.observed import with_data
 from ifpyro.infer.probe import Probes
 from ifpyro.infer.randomness import seeded
 from ifpyro.infer.reparam import reparam
 from ifpyro.infer.runner import Batching, InChunks, Runner, Totals, gradient
-from ifpyro.infer.observed import with_data
 from ifpyro.infer.verify import check_density, check_isolation, close_enough
 
 _Model = Callable[..., Any]
@@ -42,6 +43,7 @@ class _RowRunner(Runner):
         return self._over({name: value[i] for name, value in self._data.items()})
 
     def terms(self, batching: Batching, q: Tensor) -> Evaluate:
+        """See `Runner.terms`."""
         if batching == "plate":
             return self._over(self._data, self.layout.depth).terms("plate", q)
 
@@ -54,6 +56,7 @@ class _RowRunner(Runner):
         return result
 
     def totals(self, batching: Batching, q: Tensor) -> Totals:
+        """See `Runner.totals`."""
         try:
             if len(q) > 1 and batching != "loop":
                 return self.terms(batching, q).totals()
@@ -185,7 +188,7 @@ class ManyDataSets:
             for rows in (slice(0, sizes[0]), slice(sizes[0], num)):
                 runner = self._runner(index[rows])
                 check_density(runner, batching, _probes(runner, q[rows], sizes))
-                check_isolation(lambda x, runner=runner: runner.terms(batching, x).log_terms(), q[rows])
+                check_isolation(partial(_log_terms, runner, batching), q[rows])
         except BatchingError as error:
             return str(error)
         except Exception as error:  # whatever a model may raise when it meets a batch it was not written for
@@ -198,6 +201,10 @@ class ManyDataSets:
         while small in taken or large in taken or small == large:
             small, large = small + 1, large + 2
         return small, large
+
+
+def _log_terms(runner: _RowRunner, batching: Batching, q: Tensor) -> dict[str, Tensor]:
+    return runner.terms(batching, q).log_terms()
 
 
 def _probes(runner: _RowRunner, q: Tensor, sizes: tuple[int, int]) -> Probes:

@@ -142,10 +142,11 @@ class MCMC(Draws):
         if self.init == "prior":
             return possible_prior_draws(target, self.num_chains, generator), None
         count = max(self.smc_particles, self.num_chains)
+        islands = ISLANDS if target.families == 1 else 2 * target.families
         smc = SMC(
             self.model,
-            -(-count // ISLANDS) * ISLANDS,
-            num_islands=ISLANDS,
+            -(-count // islands) * islands,
+            num_islands=islands,
             level=self.kernel.level,
             seed=self.seed,
             batch_size=self._batch_size,

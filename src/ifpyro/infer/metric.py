@@ -8,7 +8,7 @@ which is the usual mass matrix ``M = (S S^T)^{-1}``. ``S`` is a vector (per-axis
 matrix.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -72,7 +72,12 @@ def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | 
     return Metric(variance.sqrt()) if bool(failed) else Metric(factor)
 
 
-def cross_fitted_metric(q: Tensor, weight: Tensor, groups: int) -> Metric:
+def grouped_metric(draws: Sequence[Tensor], *, dense: bool | None = None) -> Metric:
+    """One metric for each of several groups of draws, ``(n, dim)`` each; see `metric_from_draws`."""
+    return _stack([metric_from_draws(q, dense=dense) for q in draws])
+
+
+def cross_fitted_metric(q: Tensor, weight: Tensor, groups: int, families: int = 1) -> Metric:
     """For each group of consecutive draws the metric that whitens *the others*.
 
     Draws moved under a metric that was fitted to themselves move too little where they happen to lie close
@@ -83,8 +88,14 @@ def cross_fitted_metric(q: Tensor, weight: Tensor, groups: int) -> Metric:
     Args:
         q: draws, ``(n, dim)``, ``n`` a multiple of ``groups``.
         weight: non-negative weights, ``(n,)``.
-        groups: how many groups, at least 2.
+        groups: how many groups, at least 2 in each family.
+        families: equal runs of groups with different targets: the others are those of the same family.
     """
-    others = [torch.arange(len(q), device=q.device) // (len(q) // groups) != group for group in range(groups)]
-    metrics = [metric_from_draws(q[rows], weight[rows]).scale for rows in others]
-    return Metric(torch.stack([scale if scale.ndim == 2 else scale.diag() for scale in metrics]))
+    each, size = groups // families, len(q) // groups
+    others = [torch.arange(each * size, device=q.device) // size != group for group in range(each)]
+    pairs = list(zip(q.chunk(families), weight.chunk(families), strict=True))
+    return _stack([metric_from_draws(draws[rows], mass[rows]) for draws, mass in pairs for rows in others])
+
+
+def _stack(metrics: Sequence[Metric]) -> Metric:
+    return Metric(torch.stack([m.scale if m.scale.ndim == 2 else m.scale.diag() for m in metrics]))

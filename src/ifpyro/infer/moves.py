@@ -93,6 +93,7 @@ class Mover:
         state = hamiltonian.start(self.target, q, fine, beta)
         origin = metric.whiten(q)
         history: list[float] = []
+        families = self.target.families
         steps, acceptance, jumps = 0, 0.0, 0.0
         self.jumping &= q.shape[1] <= MAX_DIM
         proposal = cross_fitted_proposal(q, self.groups, self.target) if self.jumping else None
@@ -122,11 +123,11 @@ class Mover:
             acceptance += float(info.acceptance.mean())
             history.append(
                 max(
-                    _correlation(origin, metric.whiten(state.q)),
-                    _correlation(fine.log_likelihood[:, None], state.fine.log_likelihood[:, None]),
+                    _correlation(origin, metric.whiten(state.q), families),
+                    _correlation(fine.log_likelihood[:, None], state.fine.log_likelihood[:, None], families),
                 )
             )
-            if _decorrelated(history, len(q)):
+            if _decorrelated(history, len(q) // families):
                 break
         moves = len(history)
         stage = Stage(
@@ -135,11 +136,12 @@ class Mover:
         return Moved(state, info, stage)
 
 
-def _correlation(origin: Tensor, now: Tensor) -> float:
-    """Root mean square over columns of the correlation, over rows, between two populations."""
-    a, b = origin - origin.mean(0), now - now.mean(0)
-    product = (a * b).mean(0).square()
-    return float((product / (a.square().mean(0) * b.square().mean(0)).clamp_min(1e-30)).mean().sqrt())
+def _correlation(origin: Tensor, now: Tensor, families: int) -> float:
+    """Root mean square over columns and families of the correlation, over rows, between two populations."""
+    a, b = (x.reshape(families, -1, x.shape[1]) for x in (origin, now))
+    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
+    product = (a * b).mean(1).square()
+    return float((product / (a.square().mean(1) * b.square().mean(1)).clamp_min(1e-30)).mean().sqrt())
 
 
 def _decorrelated(history: list[float], num_particles: int) -> bool:

@@ -31,7 +31,9 @@ class Simulate(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
         if type(fn).__name__ == "Unit":
-            raise ModelError(f"the model has a factor, {name!r}: it says nothing about how data arise, so none can be made")
+            raise ModelError(
+                f"the model has a factor, {name!r}: it says nothing about how data arise, so none can be made"
+            )
         scaled = isinstance(msg["scale"], Tensor) or msg["scale"] != 1
         if scaled and type(fn).__name__ != "_Subsample" and not is_deterministic(msg):
             raise ModelError(f"site {name!r} is scaled: a scaled density is not that of any draw, so none can be made")

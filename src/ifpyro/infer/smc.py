@@ -129,7 +129,8 @@ class SMC(Draws):
         return self.run_density(density)
 
     def run_density(self, density: BatchedDensity, generator: torch.Generator | None = None) -> "SMC":
-        """Sample the posterior of a batched density."""
+        """Sample the posterior of a batched density; with many data sets (`ifpyro.infer.many`) all their posteriors,
+        each with islands of its own, and evidences are then those of `island_log_evidence` only."""
         self._density, self._positions = density, None
         generator = new_generator(density, self.seed) if generator is None else generator
         target = Target(density, self._batch_size, self.level)
@@ -140,7 +141,10 @@ class SMC(Draws):
         self.stages, self.pareto_k = [], None
         islands, per_island = self.num_islands, self.num_particles // self.num_islands
         log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
-        groups = max(islands, 2)  # a lone island is tuned half from half
+        families = target.families
+        if islands % families:
+            raise ValueError(f"num_islands must be a multiple of the {families} data sets, got {islands}")
+        groups = max(islands, 2 * families)  # a lone island is tuned half from half
         floor = 0.0
         mover = Mover(
             target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves, groups
@@ -152,14 +156,14 @@ class SMC(Draws):
                 log_likelihood = fine.log_likelihood.nan_to_num(-torch.inf, torch.inf, -torch.inf)
                 log_likelihood = log_likelihood.reshape(islands, per_island)
                 _check_islands(log_likelihood)
-                beta_next = next_temperature(log_likelihood, beta, self.ess_threshold)
+                beta_next = next_temperature(log_likelihood, beta, self.ess_threshold, families)
                 log_weight = (beta_next - beta) * log_likelihood.double()
                 log_evidence += log_weight.logsumexp(1) - math.log(per_island)
                 floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / self.num_particles
-                if beta == 0.0 and beta_next == 1.0:
+                if beta == 0.0 and beta_next == 1.0 and families == 1:
                     self.pareto_k = pareto_k(log_weight.flatten())
                 weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
-                metric = cross_fitted_metric(q, weight, groups)
+                metric = cross_fitted_metric(q, weight, groups, families)
                 index = systematic_resample(log_weight, generator)
                 index = (index + per_island * torch.arange(islands, device=q.device)[:, None]).flatten()
                 beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
@@ -197,11 +201,14 @@ class SMC(Draws):
 
     def pooled(self, num: int) -> Tensor:
         """``num`` equally weighted unconstrained draws from all islands, ``(num, dim)``; the same ones at
-        every call."""
+        every call. From a density of many data sets, equal shares of them, one after the other."""
         positions = self.positions()
+        families = getattr(self._density, "families", 1)
         generator = torch.Generator(device=positions.device).manual_seed(self.seed)
-        index = systematic_resample(self._stats["log_weight"].reshape(1, -1), generator, num)[0]
-        return positions.reshape(-1, positions.shape[-1])[index]
+        weight = self._stats["log_weight"].reshape(families, -1)
+        index = systematic_resample(weight, generator, num // families)
+        index = index + weight.shape[1] * torch.arange(families, device=index.device)[:, None]
+        return positions.reshape(-1, positions.shape[-1])[index.flatten()]
 
     def _finish(self, moved: Moved, log_evidence: Tensor, floor: float) -> None:
         islands = self.num_islands

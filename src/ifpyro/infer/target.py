@@ -61,6 +61,8 @@ class Target:
         self.one_level = False
         """Whether guide and fine density were found to be the same function (no flow inside)."""
         self._undefined = 0
+        self.families: int = getattr(density, "families", 1)
+        """Equal runs of consecutive rows, one per data set (`ifpyro.infer.many`); nothing is pooled across them."""
 
     def fine(self, q: Tensor) -> Value:
         """The fine density at ``q`` of shape ``(n, dim)``, without a graph."""
@@ -108,8 +110,8 @@ class Target:
                 # levels.
                 self.one_level = level == "coarse"
                 break
-            gap = guide.tempered(beta) - fine.tempered(beta)
-            accept = (gap[:, None] - gap[None, :]).clamp(max=0).exp().nan_to_num(0.0).mean(1)
+            gap = (guide.tempered(beta) - fine.tempered(beta)).reshape(self.families, -1)
+            accept = (gap[:, :, None] - gap[:, None, :]).clamp(max=0).exp().nan_to_num(0.0).mean(2).flatten()
             if accept.mean() >= 0.5 and accept.quantile(0.05) >= 0.1:
                 break
         return self.level != before

@@ -88,7 +88,7 @@ class Verifier:
                 # Draws follow the densities that the same run reports; are those the right ones?
                 for i in _some_rows(n):
                     expected = runner.single(q[i]).totals()[0]
-                    if not _agree(run.totals()[0][i : i + 1], expected[None]):
+                    if not close_enough(run.totals()[0][i : i + 1], expected[None]):
                         raise BatchingError("prior draws do not follow the model's prior")
         if q.shape != (n, runner.layout.dim):
             raise BatchingError("prior draws have the wrong shape")
@@ -141,7 +141,7 @@ def check_density(runner: Runner, batching: Batching, probes: Probes) -> None:
             raise BatchingError("the sites of the model differ between one draw and many")
         for name, value in ours.items():
             expected = torch.stack([getattr(single, part)[name].detach() for single in singles])
-            if not _agree(value.detach().expand(n), expected):
+            if not close_enough(value.detach().expand(n), expected):
                 raise BatchingError(f"the log-probability of site {name!r} differs from that of single draws", name)
     weights = torch.linspace(0.5, 1.5, n, dtype=q.dtype, device=q.device)
     for term, expected, part in zip(terms, probes.gradients, ("log-prior", "log-likelihood"), strict=True):
@@ -171,7 +171,7 @@ def check_values(values: dict[str, Tensor], singles: list[Evaluate]) -> None:
         stacked = torch.stack([single.values[name].detach() for single in singles])
         if name not in values:
             raise BatchingError(f"site {name!r} is missing from a batch of draws", name)
-        if values[name].shape != (len(singles), *expected.shape) or not _agree(values[name], stacked):
+        if values[name].shape != (len(singles), *expected.shape) or not close_enough(values[name], stacked):
             raise BatchingError(f"the value of site {name!r} differs from that of single draws", name)
 
 
@@ -205,7 +205,8 @@ def _tolerance(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) ** 0.5 if dtype.is_floating_point else 0.0
 
 
-def _agree(value: Tensor, expected: Tensor) -> bool:
+def close_enough(value: Tensor, expected: Tensor) -> bool:
+    """Whether two results for the same rows differ by rounding alone."""
     if expected.numel() == 0:
         return value.shape == expected.shape
     if not expected.dtype.is_floating_point:
@@ -226,7 +227,7 @@ def same_rows(runner: Runner, q: Tensor) -> bool:
     batched = runner.totals("plate", q)
     singles = [runner.safe_single(q[i]) for i in rows]
     pairs = zip(batched, zip(*singles, strict=True), strict=True)
-    return all(_agree(many[rows], torch.stack(list(few))) for many, few in pairs)
+    return all(close_enough(many[rows], torch.stack(list(few))) for many, few in pairs)
 
 
 def _some_rows(n: int) -> list[int]:
