@@ -20,7 +20,9 @@ with warnings.catch_warnings():
 
 
 def coarse() -> bool:
-    return current_fidelity() == "coarse"
+    """Whether a cheap map is asked for: "coarse", or fewer than 8 solver steps."""
+    level = current_fidelity()
+    return level == "coarse" or (isinstance(level, int) and level < 8)
 
 
 class GaussianMixture:

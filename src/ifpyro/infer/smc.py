@@ -27,7 +27,7 @@ from ifpyro.infer.draws import Draws
 from ifpyro.infer.metric import cross_fitted_metric
 from ifpyro.infer.moves import Moved, Mover, Stage
 from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
-from ifpyro.infer.target import Target, Value
+from ifpyro.infer.target import LOOSE, Target, Value
 from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
 
 
@@ -133,7 +133,7 @@ class SMC(Draws):
         each with islands of its own, and evidences are then those of `island_log_evidence` only."""
         self._density, self._positions = density, None
         generator = new_generator(density, self.seed) if generator is None else generator
-        target = Target(density, self._batch_size, self.level)
+        target = Target(density, self._batch_size, self.level, LOOSE)
         q = density.sample_prior(self.num_particles, generator)
         fine = target.fine(q)
         check_start(fine, "prior draws")

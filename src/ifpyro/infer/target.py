@@ -14,8 +14,24 @@ from torch import Tensor
 from ifpyro.fidelity import Level, fidelity
 from ifpyro.infer.density import BatchedDensity, log_density_and_grad
 
-LADDER: tuple[Level, ...] = ("coarse", 8, 16, "fine")
-"""Guides from cheap to exact, tried in this order."""
+LADDER: tuple[Level, ...] = (1, 2, 3, 4, 6, 8, 12, "fine")
+"""Guides from cheap to exact, in solver steps, tried in this order."""
+
+
+class Agreement(NamedTuple):
+    """What a guide must reach: acceptance between draws, were the guide followed perfectly."""
+
+    mean: float
+    """On average over pairs of draws."""
+    nearly_all: float
+    """From all but a twentieth of the draws: the others are sticky."""
+
+
+LOOSE = Agreement(0.7, 0.2)
+"""For particles, which a resampling frees from sticky places. One Runge-Kutta step of a flow often suffices."""
+
+CLOSE = Agreement(0.85, 0.5)
+"""For chains, which must leave every place by themselves."""
 
 PATIENCE = 10
 """Evaluations in a row that may be undefined at every draw before the model counts as broken."""
@@ -51,18 +67,26 @@ class Target:
         density: the batched model.
         batch_size: most rows evaluated at once; all of them if ``None``. Bounds the memory of the gradient.
         level: the guide's fidelity; chosen by measurement later if ``None``.
+        agreement: what the guide must reach when it is chosen.
     """
 
-    def __init__(self, density: BatchedDensity, batch_size: int | None = None, level: Level | None = None) -> None:
+    def __init__(
+        self,
+        density: BatchedDensity,
+        batch_size: int | None = None,
+        level: Level | None = None,
+        agreement: Agreement = CLOSE,
+    ) -> None:
         self.density = density
-        self.batch_size = batch_size
-        self.level: Level = "coarse" if level is None else level
-        self._asked = level
+        self.families: int = getattr(density, "families", 1)
+        """Equal runs of consecutive rows, one per data set (`ifpyro.infer.many`); nothing is pooled across them, and
+        such a density is never given a part of its rows, but sees to its memory itself."""
+        self.batch_size = batch_size if self.families == 1 else None
+        self.level: Level = LADDER[0] if level is None else level
+        self._asked, self.agreement = level, agreement
         self.one_level = False
         """Whether guide and fine density were found to be the same function (no flow inside)."""
         self._undefined = 0
-        self.families: int = getattr(density, "families", 1)
-        """Equal runs of consecutive rows, one per data set (`ifpyro.infer.many`); nothing is pooled across them."""
 
     def fine(self, q: Tensor) -> Value:
         """The fine density at ``q`` of shape ``(n, dim)``, without a graph."""
@@ -88,8 +112,7 @@ class Target:
 
         A proposal that follows the guide perfectly from draw i to draw j is accepted with probability
         ``min(1, exp(gap_i - gap_j))``, ``gap`` being the fine minus the guide's potential. A guide passes
-        when this is at least 0.5 on average over pairs of draws, and 0.1 from all but a twentieth of them (no
-        sticky draws).
+        when this reaches what the `Agreement` asks.
 
         A level the user asked for is taken as it is.
 
@@ -98,7 +121,7 @@ class Target:
         """
         before = self.level
         if self._asked is not None or self.one_level:
-            self.level = self._asked or "coarse"
+            self.level = self._asked or LADDER[0]
             return self.level != before
         for level in LADDER:
             self.level = level
@@ -106,13 +129,13 @@ class Target:
                 break
             guide = self.guide_value(q)
             if torch.equal(guide.log_likelihood, fine.log_likelihood) and torch.equal(guide.log_prior, fine.log_prior):
-                # A flow's coarse solve never agrees to the last bit on a whole batch: nothing here has two
-                # levels.
-                self.one_level = level == "coarse"
+                # A flow solved in fewer steps never agrees to the last bit on a whole batch: nothing here has
+                # two levels.
+                self.one_level = level == LADDER[0]
                 break
             gap = (guide.tempered(beta) - fine.tempered(beta)).reshape(self.families, -1)
             accept = (gap[:, :, None] - gap[:, None, :]).clamp(max=0).exp().nan_to_num(0.0).mean(2).flatten()
-            if accept.mean() >= 0.5 and accept.quantile(0.05) >= 0.1:
+            if accept.mean() >= self.agreement.mean and accept.quantile(0.05) >= self.agreement.nearly_all:
                 break
         return self.level != before
 
