@@ -34,6 +34,7 @@ _ORDER = (
     "observed_data",
     "constant_data",
     "predictions_constant_data",
+    "prior_sbc",
 )
 
 
@@ -215,6 +216,13 @@ def _given(values: Mapping[str, Any], shape: tuple[int, int] | None) -> dict[str
             )
             raise ValueError(f"draws of {name!r} must have a shape that starts with {wanted}, got {array.shape}")
     return found
+
+
+def sbc_group(ranks: Mapping[str, np.ndarray]) -> Any:
+    """Ranks of simulation-based calibration, ``(simulations,)`` per quantity, as the group ``prior_sbc``."""
+    groups = Groups()
+    groups.add("prior_sbc", {name: values[None] for name, values in ranks.items()}, SAMPLE)
+    return _assemble(groups, {})
 
 
 def _assemble(groups: Groups, attributes: Mapping[str, Any]) -> Any:

@@ -45,9 +45,9 @@ def check_probability(name: str, value: Any) -> float:
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(value, bool) or not np.isscalar(value) or not 0.0 < float(value) < 1.0:  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
         raise ValueError(f"{name} must be strictly between 0 and 1, got {value!r}")
-    return float(value)  # type: ignore[arg-type]
+    return float(value)
 
 
 def check_levels(levels: Any) -> Array:

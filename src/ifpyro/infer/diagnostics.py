@@ -20,6 +20,14 @@ def convergence(samples: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     return {name: {"n_eff": ess[name].values, "r_hat": rhat[name].values} for name in samples}
 
 
+def bulk_ess(draws: np.ndarray) -> np.ndarray:
+    """Bulk ESS of draws ``(chains, draws, *shape)``, of shape ``shape``."""
+    from ifpyro import arviz as bridge
+
+    ess = bridge.arviz.ess(bridge.to_arviz({"draws": draws}))
+    return (ess if hasattr(ess, "data_vars") else ess["posterior"])["draws"].values
+
+
 def summary(samples: dict[str, Tensor], **options: Any) -> Any:
     """``arviz.summary`` of draws ``(chains, draws, *shape)``."""
     from ifpyro import arviz as bridge

@@ -67,6 +67,8 @@ class EllipticalSlice(Kernel[SliceState]):
                 "EllipticalSlice expects every latent site to have a flow prior or a standard normal one; "
                 "this model has another prior: use HMC or SMC"
             )
+        if target.families > 1:  # its chains are evaluated in changing subsets
+            raise ValueError("EllipticalSlice takes one data set at a time; HMC and SMC take many")
         self._target, self._generator = target, generator
         self._half = warmup_steps // 2 if warmup_steps >= SHORT else -1
         return self._place(q, self.settle(target, q, warmup_steps, particles))

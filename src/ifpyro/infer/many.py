@@ -1,6 +1,6 @@
 """Many data sets of one model in one batch: rows come in equal consecutive runs, one run per data set.
 
-    log p(q_i, data_s(i)) = log_prior(q_i) + log_likelihood(q_i; data_s(i)),        s(i) = i // rows_each
+    log p(q_i, data_s(i)) = log_prior(q_i) + log_likelihood(q_i; data_s(i)),        s(i) = i // (n / S)
 
 so that simulation-based calibration pays for one large batch instead of hundreds of small ones. As for one data set
 (`ifpyro.infer.batch`), a batched evaluation is believed only after it has agreed with single draws: here, each with
@@ -77,7 +77,6 @@ class ManyDataSets:
         args: its positional arguments; the data among them give shapes and are otherwise replaced.
         kwargs: its keyword arguments.
         data: observed site to the values of all data sets, ``(S, *shape)``.
-        rows_each: draws per data set in every batch that engines evaluate.
         batch_size: at most this many draws are evaluated at once; None evaluates all.
         seed: of the draws on which the batching is verified.
 
@@ -96,7 +95,6 @@ class ManyDataSets:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         data: Mapping[str, Tensor],
-        rows_each: int,
         *,
         batch_size: int | None = None,
         seed: int = 0,
@@ -105,7 +103,7 @@ class ManyDataSets:
         if len(counts) != 1 or 0 in counts:
             raise ValueError(f"data must hold the same number of data sets for every site, got {sorted(counts)}")
         self.families: int = counts.pop()
-        self.rows_each, self._batch_size = rows_each, batch_size
+        self._batch_size = batch_size
         first = {name: value[0] for name, value in data.items()}
         self.base = BatchedModel(with_data(model, first), args, kwargs, seed=seed)
         self.dim, self.gaussian_prior = self.base.dim, self.base.gaussian_prior
@@ -118,17 +116,16 @@ class ManyDataSets:
             self.batching = self._choose(("plate", "vmap", "loop"))
 
     def __call__(self, q: Tensor) -> Totals:
-        """Differentiable ``(log_prior, log_likelihood)``, each ``(S * rows_each,)``.
+        """Differentiable ``(log_prior, log_likelihood)``, each ``(n,)``, for ``n / S`` rows of every data set.
 
         Raises:
-            ValueError: for any other number of rows: which data set they belong to would be a guess.
+            ValueError: if ``n`` is not a multiple of ``S``: which data set a row belongs to would be a guess.
         """
-        if len(q) != self.families * self.rows_each:
+        if len(q) % self.families:
             raise ValueError(
-                f"expected all {self.families} data sets with {self.rows_each} rows each, "
-                f"{self.families * self.rows_each} rows, got {len(q)}"
+                f"expected the same number of rows for each of {self.families} data sets, got {len(q)} rows"
             )
-        return self.at(q, torch.arange(self.families, device=q.device).repeat_interleave(self.rows_each))
+        return self.at(q, torch.arange(self.families, device=q.device).repeat_interleave(len(q) // self.families))
 
     def at(self, q: Tensor, index: Tensor) -> Totals:
         """The two terms for rows ``q``, ``(n, dim)``, of the data sets ``index``, ``(n,)``."""
