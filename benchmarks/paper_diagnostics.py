@@ -1,0 +1,151 @@
+"""Sections ``residuals`` (what a network's errors add up to) and ``neighbours`` (who stays near whom)."""
+
+import copy
+
+import torch
+from sklearn.decomposition import PCA, KernelPCA
+from sklearn.manifold import TSNE, Isomap, LocallyLinearEmbedding, trustworthiness
+from torch import Tensor
+from torch.distributions import constraints
+
+import ifpyro
+from ifpyro import Schedule, datasets, demo
+from ifpyro.ode import Grid
+from ifpyro.residuals import Residuals, accumulated, mixture_velocity, network_residuals, path_errors
+from ifpyro.velocity import Velocity
+from paper_common import cached, show
+from paper_toy import SCHEDULES, TEST_SEED, flow_of
+
+# -- residuals -------------------------------------------------------------------------------------------------------
+
+
+def residuals(quick: bool) -> list[str]:
+    lines: list[str] = []
+    show(lines, "### Residuals of the network along time (the paper's appendix C.3), and what errors add up to\n")
+    show(
+        lines,
+        "Circles and moons are Gaussian mixtures to six digits, so the exact velocity `F*` is known. Residuals: mean "
+        "correlation over pairs of times at least 0.1 apart, data noised afresh at every time as in the paper; of the "
+        "network, and of `F*` itself. Errors `F - F*` on the flow's own paths: root mean square at t = 0.1, 0.5, 0.9; "
+        "the time after which their correlation has fallen to one half (from t = 0.5); what they add up to in the "
+        "latent, what they would if nothing cancelled, and the ratio. Last, the difference between the flow's latent "
+        "and that of `F*`, which also counts how later stretches of the flow stretch earlier errors. 2,000 held-out "
+        "rows.\n",
+    )
+    show(
+        lines,
+        "| set | flow | residuals, network | residuals, exact | error at t = 0.1, 0.5, 0.9 | half-life | adds up to "
+        "| without cancelling | ratio | latent off by |\n|---|---|---|---|---|---|---|---|---|---|",
+    )
+    for name in ("circles",) if quick else ("circles", "moons"):
+        toy = datasets.paper()[name]
+        x = toy.sample(200 if quick else 2000, seed=TEST_SEED)
+        for kind in SCHEDULES:
+            flow = flow_of(name, kind, quick)
+            show(lines, f"| {name} | {kind} | {error_cells(flow, mixture_velocity(flow, *toy.mixture()), x)} |")
+    return lines
+
+
+def error_cells(flow: ifpyro.InflationaryFlow, exact: Velocity, x: Tensor) -> str:
+    errors = path_errors(flow, exact, x)
+    total = accumulated(flow, errors)
+    truth = exact_flow(flow, exact)
+    fresh = [far_correlation(network_residuals(f, x.to(f.dtype), seed=0)) for f in (flow, truth)]
+    with torch.no_grad():
+        off = float((flow.encode(x).double() - truth.encode(x.double())).square().mean().sqrt())
+    sizes = [float(errors.size()[(errors.times - t).abs().argmin()]) for t in (0.1, 0.5, 0.9)]
+    return (
+        f"{fresh[0]:.3f} | {fresh[1]:.3f} | {', '.join(f'{s:.3f}' for s in sizes)} | {half_life(errors):.2f} "
+        f"| {total.error:.4f} | {total.without_cancelling:.4f} | {total.coherence:.2f} | {off:.4f}"
+    )
+
+
+def exact_flow(flow: ifpyro.InflationaryFlow, exact: Velocity) -> ifpyro.InflationaryFlow:
+    """The flow that the network stands for, in double precision."""
+    basis = copy.deepcopy(flow.basis).double()
+    return ifpyro.InflationaryFlow(basis, flow.schedule, exact, grid=Grid(48, flow.grid.power))
+
+
+def far_correlation(found: Residuals) -> float:
+    """Mean correlation over pairs of times that are at least 0.1 apart."""
+    far = (found.times.unsqueeze(0) - found.times.unsqueeze(1)).abs() >= 0.1
+    return float(found.autocorrelation()[far].mean())
+
+
+def half_life(errors: Residuals, start: float = 0.5) -> float:
+    """Time after ``start`` at which the correlation with the error there first falls to one half."""
+    first = int((errors.times - start).abs().argmin())
+    fallen = (errors.autocorrelation()[first, first:] <= 0.5).nonzero().flatten()
+    return float(errors.times[first + fallen[0]] - errors.times[first]) if len(fallen) else float("nan")
+
+
+# -- neighbours ------------------------------------------------------------------------------------------------------
+
+NEIGHBOURS = 10
+FLOWS = {
+    "flow, preserving": Schedule.preserving(),
+    "flow, reducing to 16": Schedule.reducing(16),
+    "flow, details first, p = 1": Schedule.details_first(),
+    "flow, details first, p = 2": Schedule.details_first(2.0),
+}
+
+
+def neighbours(quick: bool) -> list[str]:
+    lines: list[str] = []
+    train, held_out = demo.digits(0)
+    rows, test = train.flatten(1).numpy(), held_out.flatten(1).numpy()
+    show(lines, "### Neighbourhoods: held-out digits against their first K latents\n")
+    show(
+        lines,
+        f"{len(train)} digits to train on, {len(test)} held out and embedded. Trustworthiness (neighbours in the "
+        "embedding that are neighbours in the data) / continuity (neighbours in the data that stay so; the same figure "
+        f"with the roles exchanged), {NEIGHBOURS} neighbours; 1 is best. t-SNE cannot embed held-out rows: it was "
+        "fitted to the test set itself.\n",
+    )
+    sizes = (2, 8, 32)
+    show(lines, f"| map | {' | '.join(f'K = {k}' for k in sizes)} |\n|---|{'---|' * len(sizes)}")
+    for name, embed in baselines(rows, test, quick).items():
+        cells = [scores(test, embed(k)) for k in sizes]
+        show(lines, f"| {name} | {' | '.join(cells)} |")
+    for name, schedule in FLOWS.items():
+        with torch.no_grad():
+            z = digits_flow(name, schedule, train, quick).encode(held_out).numpy()
+        show(lines, f"| {name} | {' | '.join(scores(test, z[:, :k]) for k in sizes)} |")
+    return lines
+
+
+def scores(x, z) -> str:
+    if z is None:
+        return "–"
+    return f"{trustworthiness(x, z, n_neighbors=NEIGHBOURS):.3f} / {trustworthiness(z, x, n_neighbors=NEIGHBOURS):.3f}"
+
+
+def baselines(rows, test, quick: bool) -> dict:
+    """Name -> function from ``K`` to the embedded test set."""
+    gamma = 1 / (rows.shape[1] * rows.var())
+    found = {
+        "PCA": lambda k: PCA(k).fit(rows).transform(test),
+        "kernel PCA (Gaussian)": lambda k: KernelPCA(k, kernel="rbf", gamma=gamma).fit(rows).transform(test),
+        "Isomap": lambda k: Isomap(n_neighbors=NEIGHBOURS, n_components=k).fit(rows).transform(test),
+        "locally linear embedding": lambda k: (
+            LocallyLinearEmbedding(n_neighbors=40, n_components=k, random_state=0).fit(rows).transform(test)
+        ),
+    }
+    if not quick:
+        found["t-SNE of the test set"] = lambda k: TSNE(2, random_state=0).fit_transform(test) if k == 2 else None
+    return found
+
+
+def digits_flow(name: str, schedule: Schedule, train: Tensor, quick: bool) -> ifpyro.InflationaryFlow:
+    options = {"max_steps": 50} if quick else {}
+    key = "digits-" + name.removeprefix("flow, ").replace(", ", "-").replace(" ", "")
+
+    def fit() -> ifpyro.InflationaryFlow:
+        return ifpyro.fit(
+            train, schedule=schedule, support=constraints.unit_interval, seed=0, progress=False, **options
+        )
+
+    return cached(key, fit, quick)
+
+
+SECTIONS = {"residuals": residuals, "neighbours": neighbours}
