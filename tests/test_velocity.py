@@ -4,7 +4,7 @@ import torch
 from flows_zoo import SCHEDULES, mixture_density, mixture_flow, mlp_flow, random_mlp, samples
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.basis import Basis
-from ifpyro.velocity import MLP, build_velocity
+from ifpyro.velocity import MLP, Velocity, build_velocity
 
 TIMES = torch.tensor([0.0, 0.05, 0.3, 0.7, 0.98], dtype=torch.double)
 
@@ -99,6 +99,23 @@ def test_network_rows_and_embeddings(dtype):
         torch.testing.assert_close(network(y[row : row + 1], embedding[row])[0], together[row], rtol=1e-5, atol=1e-6)
     assert (embedding[0] - embedding[1]).abs().max() > 1e-3
     assert together.abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("per_row", [False, True])
+def test_products_written_out_are_those_of_forward_mode(per_row):
+    network = random_mlp(3, torch.double).eval()
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(5, 3, generator=generator, dtype=torch.double, requires_grad=True)
+    directions = torch.randn(4, 5, 3, generator=generator, dtype=torch.double)
+    times = torch.linspace(0.1, 0.9, 5, dtype=torch.double)
+    embedding = network.embed(times) if per_row else network.embed(times[:1])[0]
+    value, products = network.with_products(y, embedding, directions)
+    right_value, right_products = Velocity.with_products(network, y, embedding, directions)
+    torch.testing.assert_close(value, right_value)
+    torch.testing.assert_close(products, right_products)
+    gradient, right = (torch.autograd.grad((p**2).sum(), y, retain_graph=True)[0] for p in (products, right_products))
+    torch.testing.assert_close(gradient, right)
+    assert right.abs().max() > 1e-3
 
 
 def test_network_is_rebuilt_from_its_spec():

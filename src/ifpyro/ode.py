@@ -175,7 +175,7 @@ def take_with_probes(velocity: Velocity, step: Step, y: Tensor, probes: Tensor) 
     for i, row in enumerate(step.tableau.a):
         stage = _combine(y, row, increments)
         embedding = step.embedding[i]
-        value, products = _velocity_and_products(velocity, stage, embedding, probes)
+        value, products = velocity.with_products(stage, embedding, probes)
         increments.append(step.rate[i] * value)
         log_det = log_det + step.tableau.b[i] * (probes * step.rate[i] * products).sum(-1).mean(0)
     return _combine(y, step.tableau.b, increments), log_det
@@ -200,7 +200,7 @@ def velocity_and_jacobian(velocity: Velocity, y: Tensor, embedding: Tensor) -> t
     """``F`` of shape ``(n, D)`` and ``dF_i/dy_j`` of shape ``(n, D, D)``, by ``D`` batched forward-mode products."""
     dim = y.shape[-1]
     directions = torch.eye(dim, dtype=y.dtype, device=y.device).unsqueeze(-2).expand(dim, *y.shape)
-    value, products = _velocity_and_products(velocity, y, embedding, directions)
+    value, products = velocity.with_products(y, embedding, directions)
     return value, products.movedim(0, -1)
 
 
@@ -257,19 +257,3 @@ def _combine(y: Tensor, weights: tuple[float, ...], increments: list[Tensor]) ->
         if weight:
             y = torch.add(y, increment, alpha=weight)
     return y
-
-
-def _velocity_and_products(
-    velocity: Velocity, y: Tensor, embedding: Tensor, directions: Tensor
-) -> tuple[Tensor, Tensor]:
-    """``F(y)`` and ``F'(y) v`` for each of the directions ``v``, ``(p, n, D)``."""
-
-    def value(state: Tensor) -> Tensor:
-        return velocity(state, embedding)
-
-    def product(direction: Tensor) -> tuple[Tensor, Tensor]:
-        primal, tangent = torch.func.jvp(value, (y,), (direction,))[:2]
-        return primal, tangent
-
-    values, products = torch.func.vmap(product)(directions)
-    return values[0], products

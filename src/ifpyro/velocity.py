@@ -31,6 +31,25 @@ class Velocity(nn.Module, ABC):
     def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
         """Velocity ``F`` for ``y`` of shape ``(n, D)`` and an embedding of shape ``(n, E)`` or ``(E,)``."""
 
+    def with_products(self, y: Tensor, embedding: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """``F`` and its directional derivatives ``F'(y) v``, by forward-mode differentiation.
+
+        Args:
+            y: states, ``(n, D)``.
+            embedding: of their time, ``(E,)`` or ``(n, E)``.
+            directions: ``v``, ``(p, n, D)``.
+
+        Returns:
+            ``F`` of shape ``(n, D)`` and the products, ``(p, n, D)``.
+        """
+
+        def product(direction: Tensor) -> tuple[Tensor, Tensor]:
+            primal, tangent = torch.func.jvp(lambda state: self(state, embedding), (y,), (direction,))[:2]
+            return primal, tangent
+
+        values, products = torch.func.vmap(product)(directions)
+        return values[0], products
+
     def spec(self) -> dict[str, Any] | None:
         """Plain data that rebuilds this module in :func:`ifpyro.load`, or None if the user must pass it there."""
         return None
@@ -87,6 +106,22 @@ class MLP(Velocity):
             h = h + second(self.dropout(inner))
         return self.outlet(nn.functional.silu(h))
 
+    def with_products(self, y: Tensor, embedding: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """See :meth:`Velocity.with_products`; written out, which spares small networks most of the overhead."""
+        if self.training and self.dropout_rate:  # the dropped units must be the same ones in both
+            return super().with_products(y, embedding, directions)
+        shift, *pairs = embedding.split(self.width, dim=-1)
+        h = self.inlet(y) + shift
+        dh = directions @ self.inlet.weight.T
+        for k, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+            active, slope = _silu_and_slope(h)
+            gain = 1 + pairs[2 * k]
+            inner, inner_slope = _silu_and_slope(first(active) * gain + pairs[2 * k + 1])
+            h = h + second(inner)
+            dh = dh + second(inner_slope * gain * ((slope * dh) @ first.get_parameter("weight").T))
+        active, slope = _silu_and_slope(h)
+        return self.outlet(active), (slope * dh) @ self.outlet.weight.T
+
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {
@@ -97,6 +132,13 @@ class MLP(Velocity):
             "dropout": self.dropout_rate,
             "frequencies": self.frequencies,
         }
+
+
+def _silu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x sigmoid(x)`` and its derivative."""
+    gate = torch.sigmoid(x)
+    active = x * gate
+    return active, gate + active * (1 - gate)
 
 
 class GaussianMixtureVelocity(Velocity):
