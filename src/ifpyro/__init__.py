@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from . import datasets
+from .check import check
 from .fidelity import fidelity
 from .flow import InflationaryFlow
 from .infer import HMC, MCMC, SMC, EllipticalSlice
@@ -12,6 +13,7 @@ from .prior import FlowTransform
 from .schedule import Schedule
 from .storage import load_flow as load
 from .training import fit
+from .verdict import CheckResult
 
 __version__ = "0.1.0"
 
@@ -19,11 +21,13 @@ __all__ = [
     "HMC",
     "MCMC",
     "SMC",
+    "CheckResult",
     "EllipticalSlice",
     "FlowTransform",
     "InflationaryFlow",
     "Schedule",
     "calibration",
+    "check",
     "datasets",
     "fidelity",
     "fit",

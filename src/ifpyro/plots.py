@@ -21,7 +21,7 @@ def image_rows(rows: Sequence[tuple[str, Any]], *, vmin: float = 0.0, vmax: floa
         title: above all.
     """
     columns = max(len(images) for _, images in rows)
-    figure = _figure(1.05 * columns + 1.6, 1.15 * len(rows) + 0.4)
+    figure = new_figure(1.05 * columns + 1.6, 1.15 * len(rows) + 0.4)
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for line, (caption, images) in zip(axes, rows, strict=True):
         line[0].set_ylabel(caption, rotation=0, ha="right", va="center")
@@ -44,7 +44,7 @@ def posterior_images(observation: Any, draws: Any, truth: Any, *, shown: int = 8
         title: above all.
     """
     draws = _array(draws)
-    figure = _figure(1.25 * max(shown, 4), 3.3)
+    figure = new_figure(1.25 * max(shown, 4), 3.3)
     grid = figure.add_gridspec(2, shown)
     spread = draws.std(0)
     top: list[tuple[str, np.ndarray, float]] = [
@@ -72,7 +72,8 @@ def save_figure(figure: "Figure", path: str | Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of that size in inches, tied to no window or notebook."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
