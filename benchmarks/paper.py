@@ -12,10 +12,10 @@ import re
 import time
 from pathlib import Path
 
-import paper_diagnostics
-import paper_latents
 import torch
 
+import paper_diagnostics
+import paper_latents
 import paper_toy
 
 RESULTS = Path(__file__).parent / "paper.md"

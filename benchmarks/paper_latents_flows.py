@@ -30,14 +30,16 @@ class Data(NamedTuple):
 
 @cache
 def data(name: str, seed: int) -> Data:
-    """Digits in pixels, digits as images in the unit interval, or a table of ``benchmarks/density.py``."""
-    if name not in ("pixels", "images"):
+    """Digits in pixels, in units of each pixel, as images in the unit interval, or a table of ``density.py``."""
+    if name not in ("pixels", "standardised", "images"):
         return Data(*density.split(name, seed))
     train, held_out = demo.digits(seed)
     if name == "images":
         return Data(train, 0.1, held_out, constraints.unit_interval)
-    live = train.flatten(1).std(0) > 0.03
-    return Data(train.flatten(1)[:, live], 0.1, held_out.flatten(1)[:, live])
+    train, held_out = train.flatten(1), held_out.flatten(1)
+    live = train.std(0) > 0.03
+    unit = train.std(0)[live] if name == "standardised" else 1.0
+    return Data(train[:, live] / unit, 0.1, held_out[:, live] / unit)
 
 
 def flow_of(name: str, schedule: Schedule, quick: bool, seed: int = 0) -> ifpyro.InflationaryFlow:

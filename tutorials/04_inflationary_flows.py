@@ -31,7 +31,7 @@ from ifpyro.residuals import accumulated, mixture_velocity, network_residuals, p
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 SMOKE = os.environ.get("IFPYRO_SMOKE") == "1"
-STEPS, ROWS = (30, 1_000) if SMOKE else (3_000, 50_000)
+STEPS, ROWS = (30, 1_000) if SMOKE else (2_500, 50_000)
 torch.set_num_threads(1)
 
 # %% [markdown]
@@ -53,12 +53,11 @@ def colours(name):
     return first if name == "sine" else torch.atan2(second, first) if name != "swirl" else (first**2 + second**2).sqrt()
 
 
-def scatter(axis, points, name, size=2):
+def scatter(axis, points, **style):
     """Points of the plane as they are, points of space in an oblique view."""
-    points = points.numpy()
     if points.shape[1] == 3:
-        points = points @ np.array([[1.0, 0.0], [0.35, 0.25], [0.0, 1.0]])
-    axis.scatter(points[:, 0], points[:, 1], c=colours(name), s=size, cmap="viridis", linewidths=0)
+        points = points @ torch.tensor([[1.0, 0.0], [0.3, 0.12], [0.0, 1.0]])
+    axis.scatter(*points.T, **{"s": 2, "linewidths": 0, "cmap": "viridis" if "c" in style else None, **style})
     axis.set_xticks([])
     axis.set_yticks([])
     axis.set_aspect("equal")
@@ -66,7 +65,7 @@ def scatter(axis, points, name, size=2):
 
 figure, axes = plt.subplots(1, 5, figsize=(11, 2.4), layout="constrained")
 for axis, name in zip(axes, NAMES, strict=True):
-    scatter(axis, held_out[name], name)
+    scatter(axis, held_out[name], c=colours(name))
     axis.set_title(f"{name}\nexact log-density {float(sets[name].log_prob(held_out[name]).mean()):.3f}", fontsize=9)
 plt.show()
 
@@ -116,7 +115,7 @@ for kind in ("preserving", "reducing"):
     for row, name in zip(axes, NAMES, strict=True):
         times, path = inflate(name, kind)
         for axis, moment in zip(row, MOMENTS, strict=True):
-            scatter(axis, path[int((times - moment).abs().argmin())], name)
+            scatter(axis, path[int((times - moment).abs().argmin())], c=colours(name))
         row[0].set_ylabel(name)
     for axis, moment in zip(axes[0], MOMENTS, strict=True):
         axis.set_title(f"t = {moment:g}", fontsize=9)
@@ -173,13 +172,7 @@ for row, kind in zip(axes, ("preserving", "reducing"), strict=True):
             gap = float((sets[name].log_prob(x) - flow.log_prob(x)).mean())
         found = measure(flow, x)
         print(f"{name:9s}{kind:12s}{found['evaluations']:12d}{found['round_trip_rmse']:12.0e}{gap:18.3f}")
-        drawn = flow.sample(len(x), seed=3)
-        oblique = torch.tensor([[1.0, 0.0], [0.35, 0.25], [0.0, 1.0]])
-        flat = drawn @ oblique if drawn.shape[1] == 3 else drawn
-        axis.plot(flat[:, 0], flat[:, 1], ".", ms=1.5, color="C1")
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_aspect("equal")
+        scatter(axis, flow.sample(len(x), seed=3), color="C1")
         axis.set_title(name, fontsize=9)
 figure.suptitle("drawn from the flows")
 plt.show()
@@ -193,17 +186,17 @@ plt.show()
 FOLDER = Path(tempfile.mkdtemp()) if SMOKE else Path("pictures")
 
 
-def animate(name, kind, file, frames=28):
+def animate(name, kind, file, frames=18):
     """A GIF of inflation and generation in the paper's rescaled coordinates."""
     _, path = inflate(name, kind, steps=64)
     last = len(path) - 1
     forth = np.unique((np.linspace(0, 1, 4 if SMOKE else frames) ** 1.3 * last).astype(int))
     order = [0] * 4 + list(forth) + [last] * 4 + list(forth[::-1])
-    points = path.numpy()
+    points = path[:, :800].numpy()
     space = points.shape[-1] == 3
     figure = plt.figure(figsize=(3.4, 3.4), dpi=80)
     axis = figure.add_subplot(projection="3d" if space else None)
-    dots = axis.scatter(*points[0].T, c=colours(name), s=3, cmap="viridis", linewidths=0)
+    dots = axis.scatter(*points[0].T, c=colours(name)[:800], s=4, cmap="viridis", linewidths=0)
     for setter in (axis.set_xlim, axis.set_ylim, *((axis.set_zlim,) if space else ())):
         setter(-2.6, 2.6)
     axis.set_title(f"{name}, {kind}", fontsize=9)
@@ -258,7 +251,7 @@ print(f"lost by the first principal component: {100 * float(covariance[0] / cova
 # ## Do errors add up?
 #
 # A network is never exact. The paper's appendix C.3 noises data afresh at every time, correlates the network's
-# residuals of two times, finds little correlation, and takes errors to be noise that cancels along the flow. For
+# residuals of two times, finds no strong correlation, and takes errors to be noise that cancels along the flow. For
 # moons the exact velocity is known, so the argument can be tested. Left: the paper's correlations. Middle: those of
 # the *exact* velocity, whose error is zero. They look the same, because a residual is mostly what no network could
 # know. Right: the correlation of the true error along the flow's own paths. It lasts: neighbouring moments err alike,

@@ -235,7 +235,8 @@ def gaussian(flow: InflationaryFlow, train: Tensor | None) -> InflationaryFlow:
     """The Gaussian with the moments of the unconstrained training rows ``(n, D)``, or else the flow's own."""
     # A velocity of zero makes a flow its own Gaussian; with it the schedule and the grid have no effect.
     basis = flow.basis if train is None else Basis.from_samples(train, own_units=True)
-    velocity = MLP(flow.latent_dim, width=1, blocks=1).to(flow.basis.scale)
+    with torch.random.fork_rng(devices=[]):  # its layers draw weights that nothing uses
+        velocity = MLP(flow.latent_dim, width=1, blocks=1).to(flow.basis.scale)
     return InflationaryFlow(
         basis, Schedule.preserving(), velocity, event_shape=flow.event_shape, support=flow.support, grid=Grid(1)
     )

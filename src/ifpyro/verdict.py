@@ -53,8 +53,8 @@ def by_size(name: str, value: float, unit: str, warn: float, fail: float | None,
 
 
 def by_evidence(name: str, effect: float, limit: float, p: float, level: float, unit: str = "", note: str = "") -> Row:
-    """A row that needs evidence *and* size to fail: significant and small only warns, insignificant passes."""
-    verdict: Verdict = "pass" if p >= level else "fail" if effect > limit else "warn"
+    """Needs evidence *and* size to fail: significant and small only warns, insignificant passes, NaN fails."""
+    verdict: Verdict = "pass" if p >= level else "warn" if effect <= limit else "fail"
     return Row(name, verdict, effect, unit, None, limit, p, level, note)
 
 

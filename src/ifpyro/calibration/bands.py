@@ -43,7 +43,7 @@ def probability_inside(low: Array, high: Array, n: int, points: Array) -> float:
     steps = np.diff(np.concatenate([[0.0], points, [1.0]]))
     first, inside = 0, np.ones(1)
     for least, most, step in zip(low, high, steps, strict=True):
-        if most < least:
+        if most < max(least, first):  # counts do not fall
             return 0.0
         law = stats.poisson.pmf(np.arange(most - first + 1), n * step)
         moved = np.convolve(inside, law)[: most - first + 1]

@@ -85,6 +85,7 @@ class ManyDataSets:
 
     Attributes:
         base: the same model with the first data set.
+        data: as given.
         families: number of data sets ``S``.
         batching: ``"plate"``, ``"vmap"`` or ``"loop"``.
     """
@@ -109,7 +110,7 @@ class ManyDataSets:
         self.dim, self.gaussian_prior = self.base.dim, self.base.gaussian_prior
         self.device, self.dtype = self.base.device, self.base.dtype
         self._model = model
-        self._data = {name: value.to(self.device) for name, value in data.items()}
+        self.data = {name: value.to(self.device) for name, value in data.items()}
         self._trusted: set[int] = set()
         self._objections: list[str] = []
         with seeded(seed, self.device), pyro.validation_enabled(False):
@@ -158,7 +159,7 @@ class ManyDataSets:
         return runner.totals(self.batching, q)
 
     def _runner(self, index: Tensor) -> _RowRunner:
-        data = {name: value[index] for name, value in self._data.items()}
+        data = {name: value[index] for name, value in self.data.items()}
         return _RowRunner(self.base.runner, self._model, data)
 
     def _choose(self, order: tuple[Batching, ...]) -> Batching:
@@ -193,7 +194,7 @@ class ManyDataSets:
         return None
 
     def _probe_sizes(self) -> tuple[int, int]:
-        taken = {size for value in self._data.values() for size in (*value.shape[1:], value[0].numel())}
+        taken = {size for value in self.data.values() for size in (*value.shape[1:], value[0].numel())}
         small, large = self.base.probe_sizes
         while small in taken or large in taken or small == large:
             small, large = small + 1, large + 2
