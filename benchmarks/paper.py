@@ -8,7 +8,6 @@ replace those of the same sections in ``benchmarks/paper.md``; ``--quick`` train
 """
 
 import argparse
-import re
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import torch
 import paper_diagnostics
 import paper_latents
 import paper_toy
+from results import write_section
 
 RESULTS = Path(__file__).parent / "paper.md"
 SECTIONS = {**paper_toy.SECTIONS, **paper_latents.SECTIONS, **paper_diagnostics.SECTIONS}
@@ -40,16 +40,10 @@ def main() -> None:
         print(f"({name}: {time.perf_counter() - began:.0f} s)\n", flush=True)
     print(f"all: {time.perf_counter() - start:.0f} s")
     if not options.quick:
-        write(found)
-
-
-def write(found: dict[str, list[str]]) -> None:
-    """Replace sections of the results file, and keep the others."""
-    text = RESULTS.read_text() if RESULTS.exists() else ""
-    parts = dict(re.findall(r"<!-- (\w+) -->\n(.*?)\n<!-- end -->", text, re.DOTALL))
-    parts |= {name: "\n".join(lines) for name, lines in found.items()}
-    body = [f"<!-- {name} -->\n{parts[name]}\n<!-- end -->\n" for name in SECTIONS if name in parts]
-    RESULTS.write_text("\n".join([HEADER, *body]))
+        if not RESULTS.exists():
+            RESULTS.write_text(HEADER)
+        for name, lines in found.items():
+            write_section(RESULTS, name, lines)
 
 
 if __name__ == "__main__":
