@@ -7,8 +7,8 @@ from torch.distributions import MultivariateNormal, constraints
 
 import ifpyro
 from flows_zoo import mixture_flow, random_mlp
-from ifpyro import Schedule, training
-from ifpyro.training import Recipe
+from ifpyro import Schedule
+from ifpyro.training import Recipe, run
 from ifpyro.velocity import MLP
 
 QUICK = Recipe(max_steps=60, batch=64, shared=1, rate=2e-3, patience=1_000, check_every=10)
@@ -40,9 +40,9 @@ def assert_same(a, b):
     assert (a.grid, a.coarse_steps, a.refinements) == (b.grid, b.coarse_steps, b.refinements)
 
 
-def interrupt_at(monkeypatch, call, name="_loss"):
+def interrupt_at(monkeypatch, call, name="velocity_loss"):
     """Ctrl-C inside the given call of a function of the training loop."""
-    original, calls = getattr(training, name), []
+    original, calls = getattr(run, name), []
 
     def interrupted(*args):
         calls.append(None)
@@ -50,7 +50,7 @@ def interrupt_at(monkeypatch, call, name="_loss"):
             raise KeyboardInterrupt
         return original(*args)
 
-    monkeypatch.setattr(training, name, interrupted)
+    monkeypatch.setattr(run, name, interrupted)
 
 
 def test_a_seed_repeats_the_result_and_leaves_the_global_generator_alone(rows):
@@ -159,13 +159,13 @@ def test_patience_stops_and_the_best_is_kept(rows):
 
 
 def test_a_loss_that_is_not_finite_warns_and_returns_the_best(rows, monkeypatch):
-    original, calls = training._loss, []
+    original, calls = run.velocity_loss, []
 
     def broken(*args):
         calls.append(None)
         return original(*args) * (torch.nan if len(calls) == 20 else 1.0)
 
-    monkeypatch.setattr(training, "_loss", broken)
+    monkeypatch.setattr(run, "velocity_loss", broken)
     with pytest.warns(UserWarning, match="NaN or infinite at step"):
         flow = ifpyro.fit(rows, **OPTIONS)
     assert flow.report["training"]["stopped"] == "diverged"

@@ -1,0 +1,68 @@
+"""Checkpoints: the whole state of a training in one file, so that resuming equals never stopping."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..storage import read_tensors, write_tensors
+from .run import Run
+
+
+def save(run: Run, path: str | Path, seed: int) -> None:
+    """Write the whole state to a checkpoint."""
+    tensors = {f"net.{k}": v for k, v in run.net.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
+    tensors |= {f"best.{k}": v for k, v in run.best.items()}
+    for index, state in run.optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
+    tensors |= run.resume_at or run.random_state()
+    header = {
+        "seed": seed,
+        "shape": list(run.train_rows.shape),
+        "data": run.fingerprint,
+        "step": run.step,
+        "seconds": run.seconds,
+        "best_loss": run.best_loss,
+        "best_step": run.best_step,
+        "history": run.history,
+    }
+    write_tensors(path, tensors, "checkpoint", header)
+
+
+def restore(run: Run, path: str | Path, seed: int) -> None:
+    """Continue from a checkpoint.
+
+    Raises:
+        ValueError: if it belongs to other data, another network or another seed.
+    """
+    tensors, header = read_tensors(path, "checkpoint")
+    expected = {"seed": seed, "shape": list(run.train_rows.shape), "data": run.fingerprint}
+    found = {name: header.get(name) for name in expected}
+    if found != expected:
+        raise ValueError(
+            f"the checkpoint {path} belongs to another training: expected {expected}, found {found}; pass its seed "
+            "and data, or another file name"
+        )
+
+    def part(prefix: str) -> dict[str, Tensor]:
+        return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+    try:
+        run.net.load_state_dict(part("net."))
+        run.average.load_state_dict(part("average."))
+    except RuntimeError as error:
+        raise ValueError(f"the checkpoint {path} belongs to another network: {error}") from error
+    run.best = {k: v.to(run.train_rows.device) for k, v in part("best.").items()}
+    optimiser = run.optimiser.state_dict()
+    for name, value in part("adam.").items():
+        index, key = name.split(".")
+        optimiser["state"].setdefault(int(index), {})[key] = value
+    run.optimiser.load_state_dict(optimiser)
+    torch.set_rng_state(tensors["rng"])
+    if "rng_cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["rng_cuda"], run.train_rows.device)
+    run.resume_at = run.random_state()
+    run.step, run.seconds = header["step"], header["seconds"]
+    run.best_loss, run.best_step = header["best_loss"], header["best_step"]
+    run.history = [(int(step), float(loss)) for step, loss in header["history"]]

@@ -1,0 +1,164 @@
+"""The loop: descend, average, validate, and know when to stop."""
+
+import hashlib
+import math
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm.auto import tqdm
+
+from ..schedule import Angles
+from ..velocity import Velocity
+from .loss import noised_rows, velocity_loss
+from .recipe import Recipe
+
+_WARM_UP = 0.03  # share of the run in which the learning rate rises
+
+
+@dataclass
+class Run:
+    """The state of one training: everything that a checkpoint must hold."""
+
+    net: Velocity
+    angles: Angles
+    train_rows: Tensor
+    held_out: Tensor
+    recipe: Recipe
+    step: int = 0
+    seconds: float = 0.0
+    best_loss: float = math.inf
+    best_step: int = 0
+    history: list[tuple[int, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.optimiser = torch.optim.AdamW(
+            self.net.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
+        )
+        self.average = AveragedModel(self.net, multi_avg_fn=_warming_average(recipe.average))
+        self.average.update_parameters(self.net)
+        self.best = {name: value.clone() for name, value in self.net.state_dict().items()}
+        self.validation = noised_rows(self.held_out, self.angles, recipe.time_power)
+        self.fingerprint = hashlib.sha256(self.train_rows.cpu().numpy().tobytes()).hexdigest()[:16]
+        self.resume_at: dict[str, Tensor] | None = self.random_state()  # None in the middle of an update
+
+    def train(
+        self,
+        max_steps: int,
+        max_seconds: float | None,
+        progress: bool,
+        save: Callable[[], None] | None,
+    ) -> str:
+        """Descend until a limit, the end of patience, or Ctrl-C; says which.
+
+        ``save`` writes a checkpoint; it is called about every half minute and at the end.
+        """
+        before, start, saved = self.seconds, time.monotonic(), time.monotonic()
+        bar = tqdm(total=max_steps, initial=self.step, disable=not progress, desc="fit", unit="step")
+        if not self.history or (self.step % self.recipe.check_every == 0 and self.history[-1][0] != self.step):
+            self._validate()
+        stopped = "max_steps"
+        try:
+            while self.step < max_steps:
+                share = (self.step + 1) / max_steps
+                if max_seconds is not None:
+                    share = max(share, self.seconds / max_seconds)
+                    if self.seconds >= max_seconds:
+                        stopped = "max_seconds"
+                        break
+                if not self._descend(share):
+                    stopped = "diverged"
+                    warnings.warn(
+                        f"the training loss became NaN or infinite at step {self.step}; the best flow so far is "
+                        "returned. Lower the rate: fit(..., recipe=Recipe(rate=...))",
+                        stacklevel=3,
+                    )
+                    break
+                self.step += 1
+                self.resume_at = self.random_state()
+                self.seconds = before + time.monotonic() - start
+                bar.update()
+                if self.step % self.recipe.check_every == 0 or self.step == max_steps:
+                    self._validate()
+                    bar.set_postfix(loss=f"{self.history[-1][1]:.4f}", best=f"{self.best_loss:.4f}")
+                    if self.step - self.best_step > self.recipe.patience:
+                        stopped = "patience"
+                        break
+                    if save is not None and time.monotonic() - saved > 30:
+                        save()
+                        saved = time.monotonic()
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        finally:
+            bar.close()
+        # Saved as an uninterrupted run would have passed here: before a validation that it would not have made, and
+        # not at all from the middle of an update, when the last checkpoint is the better one.
+        if save is not None and self.resume_at is not None:
+            save()
+        if self.step and self.history[-1][0] != self.step and stopped != "diverged":
+            self._validate()
+        return stopped
+
+    def best_network(self) -> Velocity:
+        """The averaged network with the lowest validation loss."""
+        self.net.load_state_dict(self.best)
+        return self.net
+
+    def _descend(self, share: float) -> bool:
+        recipe, rows = self.recipe, self.train_rows
+        rate = recipe.rate * min(1.0, share / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        times = max(1, recipe.batch // recipe.shared)
+        index = torch.randint(len(rows), (recipe.shared, times), device=rows.device)
+        strata = torch.arange(times, device=rows.device, dtype=torch.double)
+        t = ((strata + torch.rand(times, device=rows.device)) / times) ** recipe.time_power
+        theta = self.angles(t).to(rows)
+        noise = torch.randn(*index.shape, rows.shape[1], dtype=rows.dtype, device=rows.device)
+        loss = velocity_loss(self.net, rows[index], noise, theta, self.net.embed(t))
+        if not bool(loss.isfinite()):
+            return False
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.resume_at = None
+        self.optimiser.step()
+        self.average.update_parameters(self.net)
+        return True
+
+    def random_state(self) -> dict[str, Tensor]:
+        """The random streams, as a checkpoint keeps them."""
+        state = {"rng": torch.get_rng_state()}
+        if self.train_rows.is_cuda:
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.train_rows.device)
+        return state
+
+    def gaussian_loss(self) -> float:
+        """The validation loss of the Gaussian with the data's mean and covariance, whose velocity is zero."""
+        rows, noise, _, theta = self.validation
+        return float((theta.sin() * rows - theta.cos() * noise).square().mean())
+
+    def _validate(self) -> None:
+        network = cast(Velocity, self.average.module).eval()
+        rows, noise, t, theta = self.validation
+        with torch.no_grad():
+            loss = float(velocity_loss(network, rows, noise, theta, network.embed(t)))
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, self.step
+            self.best = {name: value.clone() for name, value in network.state_dict().items()}
+        self.history.append((self.step, loss))
+
+
+def _warming_average(decay: float) -> Any:
+    """Moving average that forgets its start quickly: the decay rises as ``(1 + n) / (10 + n)`` to its final value."""
+
+    def update(averaged: Any, current: Any, count: Tensor) -> None:
+        n = float(count)
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
+
+    return update
