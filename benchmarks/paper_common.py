@@ -1,35 +1,32 @@
-"""What the sections of the paper's benchmark share: trained flows kept on disk, and a two-sample distance."""
+"""What the sections of the paper's benchmark share: estimates with their errors, and a two-sample distance."""
 
-from collections.abc import Callable
-from pathlib import Path
+import math
 
 import torch
 from torch import Tensor
 
 import ifpyro
 
-CACHE = Path(__file__).parent / ".cache"
-
-
-def show(lines: list[str], line: str) -> None:
-    """Print a line and keep it for the results file."""
-    print(line, flush=True)
-    lines.append(line)
-
-
-def cached(name: str, train: Callable[[], ifpyro.InflationaryFlow], quick: bool) -> ifpyro.InflationaryFlow:
-    """The flow of that name in ``benchmarks/.cache``, trained if it is not there."""
-    path = CACHE / f"paper-{name}{'-quick' if quick else ''}.safetensors"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        train().save(path)
-    return ifpyro.load(path)
+NUMBERS_OF_LATENTS = (1, 2, 4, 8, 16, 32)
 
 
 def log_prob(flow: ifpyro.InflationaryFlow, x: Tensor) -> Tensor:
     """Log-density in chunks, without gradients."""
     with torch.no_grad():
         return torch.cat([flow.log_prob(rows) for rows in x.split(4000)])
+
+
+def mean_and_error(values: Tensor, digits: int = 2, sign: str = "+") -> str:
+    """Mean ± standard error over rows."""
+    error = float(values.std()) / math.sqrt(len(values))
+    return f"{float(values.mean()):{sign}.{digits}f} ± {error:.{digits}f}"
+
+
+def ratio_and_error(numerator: Tensor, denominator: Tensor) -> str:
+    """Ratio of two sums over the same rows ± its standard error."""
+    ratio = numerator.sum() / denominator.sum()
+    error = (numerator - ratio * denominator).std() / (denominator.mean() * math.sqrt(len(numerator)))
+    return f"{float(ratio):.2f} ± {float(error):.2f}"
 
 
 def energy_distance(x: Tensor, y: Tensor) -> float:

@@ -1,49 +1,50 @@
 """Sections ``residuals`` (what a network's errors add up to) and ``neighbours`` (who stays near whom)."""
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from sklearn.decomposition import PCA, KernelPCA
 from sklearn.manifold import TSNE, Isomap, LocallyLinearEmbedding, trustworthiness
 from torch import Tensor
-from torch.distributions import constraints
 
 import ifpyro
-from ifpyro import Schedule, datasets, demo
+from ifpyro import datasets
 from ifpyro.ode import Grid
 from ifpyro.residuals import Residuals, accumulated, mixture_velocity, network_residuals, path_errors
 from ifpyro.velocity import Velocity
-from paper_common import cached, show
-from paper_toy import SCHEDULES, TEST_SEED, flow_of
+from paper_flows import Key, data, flow_of
+from paper_toy import SCHEDULES as TOY_SCHEDULES
 
 # -- residuals -------------------------------------------------------------------------------------------------------
 
 
-def residuals(quick: bool) -> list[str]:
-    lines: list[str] = []
-    show(lines, "### Residuals of the network along time (the paper's appendix C.3), and what errors add up to\n")
-    show(
-        lines,
+def residual_keys(quick: bool) -> list[Key]:
+    """All flows of the section."""
+    names, schedules = (("moons",), TOY_SCHEDULES[:1]) if quick else (("circles", "moons"), TOY_SCHEDULES)
+    return [Key(name, schedule) for name in names for schedule in schedules]
+
+
+def residuals(quick: bool) -> Iterator[str]:
+    rows = 100 if quick else 2000
+    yield "## Residuals of the network along time (the paper's appendix C.3), and what errors add up to\n"
+    yield (
         "Circles and moons are Gaussian mixtures to six digits, so the exact velocity `F*` is known. Residuals: mean "
         "correlation over pairs of times at least 0.1 apart, data noised afresh at every time as in the paper; of the "
         "network, and of `F*` itself. Errors `F - F*` on the flow's own paths: root mean square at t = 0.1, 0.5, 0.9; "
         "the time after which their correlation has fallen to one half (from t = 0.5); what they add up to in the "
         "latent, what they would if nothing cancelled, and the ratio. Last, the difference between the flow's latent "
-        "and that of `F*`, which also counts how later stretches of the flow stretch earlier errors. 2,000 held-out "
-        "rows.\n",
+        "and that of `F*`, which also counts how later stretches of the flow stretch earlier errors. "
+        f"{rows:,} held-out rows.\n"
     )
-    show(
-        lines,
+    yield (
         "| set | flow | residuals, network | residuals, exact | error at t = 0.1, 0.5, 0.9 | half-life | adds up to "
-        "| without cancelling | ratio | latent off by |\n|---|---|---|---|---|---|---|---|---|---|",
+        "| without cancelling | ratio | latent off by |\n|---|---|---|---|---|---|---|---|---|---|"
     )
-    for name in ("circles",) if quick else ("circles", "moons"):
-        toy = datasets.paper()[name]
-        x = toy.sample(200 if quick else 2000, seed=TEST_SEED)
-        for kind in SCHEDULES:
-            flow = flow_of(name, kind, quick)
-            show(lines, f"| {name} | {kind} | {error_cells(flow, mixture_velocity(flow, *toy.mixture()), x)} |")
-    return lines
+    for key in residual_keys(quick):
+        flow, toy = flow_of(key, quick), datasets.paper()[key.data]
+        cells = error_cells(flow, mixture_velocity(flow, *toy.mixture()), data(key.data).held_out[:rows])
+        yield f"| {key.data} | {key.schedule} | {cells} |"
 
 
 def error_cells(flow: ifpyro.InflationaryFlow, exact: Velocity, x: Tensor) -> str:
@@ -82,36 +83,33 @@ def half_life(errors: Residuals, start: float = 0.5) -> float:
 # -- neighbours ------------------------------------------------------------------------------------------------------
 
 NEIGHBOURS = 10
-FLOWS = {
-    "flow, preserving": Schedule.preserving(),
-    "flow, reducing to 16": Schedule.reducing(16),
-    "flow, details first, p = 1": Schedule.details_first(),
-    "flow, details first, p = 2": Schedule.details_first(2.0),
-}
+SCHEDULES = ("preserving", "reducing", "details first, p = 1", "details first, p = 2")
 
 
-def neighbours(quick: bool) -> list[str]:
-    lines: list[str] = []
-    train, held_out = demo.digits(0)
-    rows, test = train.flatten(1).numpy(), held_out.flatten(1).numpy()
-    show(lines, "### Neighbourhoods: held-out digits against their first K latents\n")
-    show(
-        lines,
-        f"{len(train)} digits to train on, {len(test)} held out and embedded. Trustworthiness (neighbours in the "
+def neighbour_keys(quick: bool) -> list[Key]:
+    """All flows of the section."""
+    return [Key("digits, logits", name) for name in (SCHEDULES[:1] if quick else SCHEDULES)]
+
+
+def neighbours(quick: bool) -> Iterator[str]:
+    found = data("digits, logits")
+    held_out = found.held_out[: 60 if quick else None]
+    rows, test = found.train.flatten(1).numpy(), held_out.flatten(1).numpy()
+    yield "## Neighbourhoods: held-out digits against their first K latents\n"
+    yield (
+        f"{len(rows):,} digits to train on, {len(test)} held out and embedded. Trustworthiness (neighbours in the "
         "embedding that are neighbours in the data) / continuity (neighbours in the data that stay so; the same figure "
         f"with the roles exchanged), {NEIGHBOURS} neighbours; 1 is best. t-SNE cannot embed held-out rows: it was "
-        "fitted to the test set itself.\n",
+        "fitted to the test set itself. Flows work on logits.\n"
     )
     sizes = (2, 8, 32)
-    show(lines, f"| map | {' | '.join(f'K = {k}' for k in sizes)} |\n|---|{'---|' * len(sizes)}")
+    yield f"| map | {' | '.join(f'K = {k}' for k in sizes)} |\n|---|{'---|' * len(sizes)}"
     for name, embed in baselines(rows, test, quick).items():
-        cells = [scores(test, embed(k)) for k in sizes]
-        show(lines, f"| {name} | {' | '.join(cells)} |")
-    for name, schedule in FLOWS.items():
+        yield f"| {name} | {' | '.join(scores(test, embed(k)) for k in sizes)} |"
+    for key in neighbour_keys(quick):
         with torch.no_grad():
-            z = digits_flow(name, schedule, train, quick).encode(held_out).numpy()
-        show(lines, f"| {name} | {' | '.join(scores(test, z[:, :k]) for k in sizes)} |")
-    return lines
+            z = flow_of(key, quick).encode(held_out).numpy()
+        yield f"| flow, {key.schedule} | {' | '.join(scores(test, z[:, :k]) for k in sizes)} |"
 
 
 def scores(x, z) -> str:
@@ -125,6 +123,7 @@ def baselines(rows, test, quick: bool) -> dict:
     gamma = 1 / (rows.shape[1] * rows.var())
     found = {
         "PCA": lambda k: PCA(k).fit(rows).transform(test),
+        "PCA, components of unit variance": lambda k: PCA(k, whiten=True).fit(rows).transform(test),
         "kernel PCA (Gaussian)": lambda k: KernelPCA(k, kernel="rbf", gamma=gamma).fit(rows).transform(test),
         "Isomap": lambda k: Isomap(n_neighbors=NEIGHBOURS, n_components=k).fit(rows).transform(test),
         "locally linear embedding": lambda k: (
@@ -134,18 +133,3 @@ def baselines(rows, test, quick: bool) -> dict:
     if not quick:
         found["t-SNE of the test set"] = lambda k: TSNE(2, random_state=0).fit_transform(test) if k == 2 else None
     return found
-
-
-def digits_flow(name: str, schedule: Schedule, train: Tensor, quick: bool) -> ifpyro.InflationaryFlow:
-    options = {"max_steps": 50} if quick else {}
-    key = "digits-" + name.removeprefix("flow, ").replace(", ", "-").replace(" ", "")
-
-    def fit() -> ifpyro.InflationaryFlow:
-        return ifpyro.fit(
-            train, schedule=schedule, support=constraints.unit_interval, seed=0, progress=False, **options
-        )
-
-    return cached(key, fit, quick)
-
-
-SECTIONS = {"residuals": residuals, "neighbours": neighbours}

@@ -1,7 +1,8 @@
-"""Section ``posterior`` of ``paper_latents.py``: all latents of a half-hidden digit against the first K."""
+"""Section ``posterior``: all latents of a half-hidden digit against the first K."""
 
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pyro
@@ -11,52 +12,55 @@ import torch
 import ifpyro
 from ifpyro import demo
 from ifpyro.reconstruction import Decoder
-from paper_common import show
-from paper_latents_flows import SCHEDULES, data, flow_of
+from paper_flows import Key, data, flow_of
+
+LATENTS = (4, 16)
 
 
-def posterior(quick: bool) -> list[str]:
+def keys(quick: bool) -> list[Key]:
+    """All flows of the section."""
+    return [Key("digits, logits", f"details first, p = {p}") for p in ((2,) if quick else (1, 2))]
+
+
+def posterior(quick: bool) -> Iterator[str]:
     """Half-hidden digits: all latents against the first K, with and without the price of the others."""
-    lines: list[str] = []
-    images = (0,) if quick else (0, 1, 2, 3)
-    show(lines, "### Posterior of a half-hidden digit over K latents\n")
-    show(
-        lines,
-        f"Upper half of held-out digits {images} seen, sd 0.1; SMC, {128 if quick else 512} particles, seed 0. Means "
-        "over images: root mean square error of the posterior mean in seen and hidden pixels, sd and coverage "
+    images, particles = ((0,), 32) if quick else ((0, 1, 2, 3), 512)
+    yield "## Posterior of a half-hidden digit over K latents\n"
+    yield (
+        f"Upper half of held-out digits {', '.join(map(str, images))} seen, sd 0.1; SMC, {particles} particles. "
+        "Means over images: root mean square error of the posterior mean in seen and hidden pixels, sd and coverage "
         "of 90% intervals of hidden pixels, log-evidence, temperatures, processor seconds. Lost: share of the pixels' "
         "variance on the validation rows of `fit`. With the price: noise variance is raised by what is lost a pixel, "
-        "and the answer's with it.\n",
+        "and the answer's with it.\n"
     )
-    show(
-        lines,
+    yield (
         "| flow | latents | lost (PCA) | seen | hidden | sd | coverage | log-evidence | temperatures | seconds |\n"
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
-    for label in ("details first, p = 1", "details first, p = 2"):
-        flow = flow_of("images", SCHEDULES[label], quick)
-        show(lines, _posterior_row(label, flow, flow.latent_dim, False, images, quick))
-        for k in (4, 16):
+    for key in keys(quick):
+        flow = flow_of(key, quick)
+        yield _row(key.schedule, flow, flow.latent_dim, False, images, particles)
+        for k in LATENTS[: 1 if quick else None]:
             for priced in (False, True):
-                show(lines, _posterior_row(label, flow, k, priced, images, quick))
-    return lines
+                yield _row(key.schedule, flow, k, priced, images, particles)
 
 
-def _posterior_row(
-    label: str, flow: ifpyro.InflationaryFlow, k: int, priced: bool, images: tuple[int, ...], quick: bool
+def _row(
+    label: str, flow: ifpyro.InflationaryFlow, k: int, priced: bool, images: tuple[int, ...], particles: int
 ) -> str:
-    held_out, decoder = data("images", 0).held_out, flow.decoder(k)
-    variance = data("images", 0).train.var(0).mean()
+    """The cells of one model."""
+    rows, decoder = data("digits, logits"), flow.decoder(k)
+    variance = rows.train.var(0).mean()
     noise = math.sqrt(demo.NOISE**2 + priced * decoder.reconstruction_error * float(variance))
     seen = torch.zeros(8, 8, dtype=torch.bool)
     seen[:4] = True
     model = demo.in_painting(flow, seen) if k == flow.latent_dim else in_k_latents(decoder, seen, noise)
     figures = []
     for index in images:
-        truth = held_out[index]
+        truth = rows.held_out[index]
         y = truth[seen] + demo.NOISE * torch.randn(32, generator=torch.Generator().manual_seed(index))
         start = time.process_time()
-        smc = ifpyro.SMC(model, 128 if quick else 512, seed=0, progress=False)
+        smc = ifpyro.SMC(model, particles, seed=0, progress=False)
         smc.run(y)
         seconds = time.process_time() - start
         draws = smc.get_samples()["image"].reshape(-1, 8, 8)
