@@ -9,8 +9,10 @@ standard deviations, and ``b`` the bijection onto a constrained support (identit
 map to rounding, and every log-determinant is the map's own.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,19 @@ from torch.distributions.constraints import Constraint
 
 from .basis import Basis
 from .fidelity import current_fidelity
-from .ode import Grid, Solver, build_solver, invert, solve_adaptive, take, take_with_log_det, take_with_probes
+from .ode import (
+    Grid,
+    Solver,
+    Step,
+    Tableau,
+    build_solver,
+    invert,
+    solve_adaptive,
+    take,
+    take_with_log_det,
+    take_with_probes,
+)
+from .recompute import recompute
 from .schedule import Angles, Schedule
 from .support import unconstrained_to
 from .velocity import GaussianMixtureVelocity, Velocity
@@ -53,6 +67,10 @@ class InflationaryFlow(nn.Module):
         refinements: fixed-point iterations per step of the inverse in single precision; a flow in double precision
             makes two more.
         report: what training and checks measured (plain data).
+
+    Attributes:
+        gradient_checkpointing: False by default. If set, gradients in ``x`` and ``z`` run every solver step a second
+            time instead of remembering its activations: one state a step is kept, whatever the network.
     """
 
     def __init__(
@@ -79,6 +97,8 @@ class InflationaryFlow(nn.Module):
         self.refinements = refinements
         self.report = report or {}
         self.angles: Angles = schedule.angles(basis.scale)
+        self.gradient_checkpointing = False
+        self._compiled_take: Callable[..., Tensor] | None = None
         self._solvers: dict[Any, Solver] = {}
         self._solved_state: tuple[Any, ...] = ()
         self._solved_weights: list[Tensor] = []
@@ -232,6 +252,40 @@ class InflationaryFlow(nn.Module):
         variance = self._rescaled_sd(t).square()
         return (variance.sum(-1) ** 2 / variance.square().sum(-1)).squeeze()
 
+    def compile(self, *, rows: int = 64, **options: Any) -> float:  # type: ignore[override]
+        """Compile the solver step of :meth:`decode` and of its gradient, for this session; needs a C++ compiler.
+
+        Results agree with those of the uncompiled flow to rounding. Log-determinants, ``encode``, calls inside
+        torch.func and gradient checkpointing stay uncompiled.
+
+        Args:
+            rows: batch size with which it is tried; other sizes share the compiled code (one row compiles anew).
+            options: for ``torch.compile``; ``dynamic=True`` by default.
+
+        Returns:
+            Seconds that compilation took.
+
+        Raises:
+            RuntimeError: from torch, if the compiler is missing or fails; the flow then stays uncompiled.
+        """
+
+        def compiled(y: Tensor, embedding: tuple[Tensor, ...], rate: tuple[Tensor, ...], tableau: Tableau) -> Tensor:
+            return take(self.velocity, Step(tableau, embedding, rate), y)
+
+        began = time.perf_counter()
+        self._compiled_take = torch.compile(compiled, **{"dynamic": True, **options})
+        z = torch.zeros(rows, self.latent_dim, dtype=self.dtype, device=self.device)
+        try:
+            with torch.no_grad():
+                self.decode(z)
+            with torch.enable_grad():
+                z.requires_grad_(True)
+                torch.autograd.grad(self.decode(z).sum(), z)
+        except Exception:
+            self._compiled_take = None
+            raise
+        return time.perf_counter() - began
+
     # -- Pyro -------------------------------------------------------------------------------------------------------
 
     def transform(self, cache_size: int = 0) -> "FlowTransform":
@@ -276,12 +330,13 @@ class InflationaryFlow(nn.Module):
         y = z.reshape(-1, self.latent_dim)
         log_det = self.basis.log_det().expand(len(y))
         probes = self._probes(y) if with_log_det else None
+        run = self._runner()
         for step in self._solver(y).to_data:
             if with_log_det:
-                y, part = self._take_with_log_det(step, y, probes)
+                y, part = run(partial(self._take_with_log_det, step, probes=probes), y)
                 log_det = log_det + part
             else:
-                y = take(self.velocity, step, y)
+                y = run(partial(self._take, step), y)
         x, bijection_log_det = self._unstandardise(y, batch, with_log_det)
         return x, log_det.reshape(batch) + bijection_log_det
 
@@ -291,11 +346,28 @@ class InflationaryFlow(nn.Module):
         probes = self._probes(y) if with_log_det else None
         solver = self._solver(y)
         iterations = self.refinements + (2 if self.dtype == torch.double else 0)
+        run = self._runner()
         for step, guess in zip(reversed(solver.to_data), solver.to_latent, strict=True):
-            y = invert(self.velocity, step, guess, y, iterations)
+            y = run(partial(invert, self.velocity, step, guess, iterations=iterations), y)
             if with_log_det:
-                log_det = log_det + self._take_with_log_det(step, y, probes)[1]
+                log_det = log_det + run(partial(self._take_with_log_det, step, probes=probes), y)[1]
         return y.reshape(*batch, self.latent_dim), -(log_det.reshape(batch) + bijection_log_det)
+
+    def _runner(self) -> Callable[..., Any]:
+        """How a step is called: plainly, or so that its gradient runs it again."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return _call
+        if any(w.requires_grad or _is_wrapped(w) for w in self._weights()):
+            raise ValueError(
+                "gradient checkpointing differentiates in x and z alone: it expects frozen weights, but some require "
+                "gradients; call flow.requires_grad_(False), or set flow.gradient_checkpointing = False"
+            )
+        return recompute
+
+    def _take(self, step: Step, y: Tensor) -> Tensor:
+        if self._compiled_take is None or self.gradient_checkpointing or _is_wrapped(y):
+            return take(self.velocity, step, y)
+        return self._compiled_take(y, step.embedding, step.rate, step.tableau)
 
     def _take_with_log_det(self, step: Any, y: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
         if probes is None:
@@ -414,11 +486,16 @@ class InflationaryFlow(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_solvers": {}, "_solved_state": (), "_solved_weights": []}
+        forgotten: dict[str, Any] = {"_solvers": {}, "_solved_state": (), "_solved_weights": [], "_compiled_take": None}
+        return {**self.__dict__, **forgotten}
 
     def extra_repr(self) -> str:
         """Event shape, latent dimension and solver."""
         return f"event_shape={tuple(self.event_shape)}, latent_dim={self.latent_dim}, grid={self.grid}"
+
+
+def _call(function: Callable[[Tensor], Any], y: Tensor) -> Any:
+    return function(y)
 
 
 def _is_wrapped(tensor: Tensor) -> bool:

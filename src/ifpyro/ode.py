@@ -95,8 +95,8 @@ class Step:
     """All that one step needs besides the state: per stage, an embedding and the rate ``-h theta'(t_i)``."""
 
     tableau: Tableau
-    embedding: Tensor  # (stages, E)
-    rate: Tensor  # (stages, D)
+    embedding: tuple[Tensor, ...]  # stages of (E,)
+    rate: tuple[Tensor, ...]  # stages of (D,)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,11 @@ def build_solver(velocity: Velocity, angles: Angles, grid: Grid, like: Tensor) -
         t = start.unsqueeze(-1) + c * h  # (steps, stages)
         embedding = velocity.embed(t.flatten()).unflatten(0, t.shape)
         rate = (-h.unsqueeze(-1) * angles.speed(t)).to(like)
-        return tuple(Step(tableau, e, r) for e, r in zip(embedding, rate, strict=True))
+        # Copies, not views: a compiled step would have to check where in its storage each view lies.
+        return tuple(
+            Step(tableau, tuple(v.clone() for v in e), tuple(v.clone() for v in r))
+            for e, r in zip(embedding, rate, strict=True)
+        )
 
     forward = steps(nodes[:-1], nodes[1:])
     backward = steps(nodes[1:].flip(0), nodes[:-1].flip(0))
@@ -134,26 +138,24 @@ def build_solver(velocity: Velocity, angles: Angles, grid: Grid, like: Tensor) -
 
 def take(velocity: Velocity, step: Step, y: Tensor) -> Tensor:
     """One Runge-Kutta step ``Phi(y)``; ``y`` of shape ``(n, D)``."""
-    increments: list[Tensor] = []
-    for i, row in enumerate(step.tableau.a):
-        stage = _combine(y, row, increments)
-        increments.append(step.rate[i] * velocity(stage, step.embedding[i]))
-    return _combine(y, step.tableau.b, increments)
+    values: list[Tensor] = []
+    for row, embedding in zip(step.tableau.a, step.embedding, strict=True):
+        values.append(velocity(_move(y, step, row, values), embedding))
+    return _move(y, step, step.tableau.b, values)
 
 
 def take_with_log_det(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tensor, Tensor]:
     """One step and ``log|det dPhi/dy|`` (shape ``(n,)``), from the Jacobians of the velocity at the stages."""
     eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand(*y.shape, -1)
-    increments: list[Tensor] = []
+    values: list[Tensor] = []
     tangents: list[Tensor] = []  # dk_i / dy, (n, D, D)
     for i, row in enumerate(step.tableau.a):
-        stage = _combine(y, row, increments)
-        value, jacobian = velocity_and_jacobian(velocity, stage, step.embedding[i])
-        increments.append(step.rate[i] * value)
+        value, jacobian = velocity_and_jacobian(velocity, _move(y, step, row, values), step.embedding[i])
+        values.append(value)
         inner = jacobian @ _combine(eye, row, tangents) if any(row) else jacobian
         tangents.append(step.rate[i].unsqueeze(-1) * inner)
     log_det = torch.linalg.slogdet(_combine(eye, step.tableau.b, tangents)).logabsdet
-    return _combine(y, step.tableau.b, increments), log_det
+    return _move(y, step, step.tableau.b, values), log_det
 
 
 def take_with_probes(velocity: Velocity, step: Step, y: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,15 +172,13 @@ def take_with_probes(velocity: Velocity, step: Step, y: Tensor, probes: Tensor) 
         probes: ``(p, n, D)`` with identity second moment, kept fixed by the caller for as long as the result must be a
             deterministic function.
     """
-    increments: list[Tensor] = []
+    values: list[Tensor] = []
     log_det = y.new_zeros(y.shape[:-1])
     for i, row in enumerate(step.tableau.a):
-        stage = _combine(y, row, increments)
-        embedding = step.embedding[i]
-        value, products = velocity.with_products(stage, embedding, probes)
-        increments.append(step.rate[i] * value)
+        value, products = velocity.with_products(_move(y, step, row, values), step.embedding[i], probes)
+        values.append(value)
         log_det = log_det + step.tableau.b[i] * (probes * step.rate[i] * products).sum(-1).mean(0)
-    return _combine(y, step.tableau.b, increments), log_det
+    return _move(y, step, step.tableau.b, values), log_det
 
 
 def invert(velocity: Velocity, step: Step, guess: Step, target: Tensor, iterations: int) -> Tensor:
@@ -250,6 +250,14 @@ def solve_adaptive(
         states, logs = odeint(augmented, (y, zeros), span, **options)
         return states[-1], logs[-1]
     return odeint(plain, y, span, **options)[-1], zeros
+
+
+def _move(y: Tensor, step: Step, weights: tuple[float, ...], values: list[Tensor]) -> Tensor:
+    """``y + sum_i w_i k_i`` with ``k_i = rate_i * F_i``."""
+    for weight, rate, value in zip(weights, step.rate, values, strict=False):  # a stage knows those before it alone
+        if weight:
+            y = torch.addcmul(y, value, rate, value=weight)
+    return y
 
 
 def _combine(y: Tensor, weights: tuple[float, ...], increments: list[Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ With the symbols of :mod:`ifpyro.schedule`, the flow is ``dy_j/dt = -theta_j'(t)
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,38 +90,53 @@ class MLP(Velocity):
         nn.init.zeros_(self.outlet.bias)
 
     def embed(self, t: Tensor) -> Tensor:
-        """All scales and shifts of all blocks, ``(m, width * (2 blocks + 1))``."""
+        """All that depends on time alone, the layers' biases included: ``(m, width * (2 blocks + 1))``.
+
+        First the inlet's shift; then for every block its gain ``1 + a(t)`` and its shift ``(1 + a(t)) c_1 + b(t)``,
+        ``c_1`` being the bias of ``W_1``.
+        """
         k = torch.arange(1, self.frequencies + 1, device=t.device, dtype=t.dtype) * math.pi
         phase = t.unsqueeze(-1) * k
         near_data = 0.5 * torch.log(t + 1e-3).unsqueeze(-1)
         features = torch.cat([phase.sin(), phase.cos(), near_data, t.unsqueeze(-1)], -1)
-        return self.modulation(self.time(features.to(self.outlet.weight.dtype)))
+        shift, *pairs = self.modulation(self.time(features.to(self.outlet.weight.dtype))).split(self.width, dim=-1)
+        parts = [shift + self.inlet.bias]
+        for a, b, first in zip(pairs[::2], pairs[1::2], self.first, strict=True):
+            parts += [1 + a, (1 + a) * cast(nn.Linear, first).bias + b]
+        return torch.cat(parts, -1)
 
     def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
         """Velocity ``F`` of shape ``(n, D)``."""
         shift, *pairs = embedding.split(self.width, dim=-1)
-        h = self.inlet(y) + shift
-        for k, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
-            inner = first(nn.functional.silu(h))
-            inner = nn.functional.silu(inner * (1 + pairs[2 * k]) + pairs[2 * k + 1])
-            h = h + second(self.dropout(inner))
-        return self.outlet(nn.functional.silu(h))
+        h = _affine(shift, y, self.inlet.weight)
+        for gain, offset, first, second in self._blocks(pairs):
+            inner = nn.functional.linear(nn.functional.silu(h), first)
+            inner = nn.functional.silu(torch.addcmul(offset, inner, gain))
+            if self.training and self.dropout_rate:
+                inner = self.dropout(inner)
+            h = _affine(h, inner, second)
+        return _affine(self.outlet.bias, nn.functional.silu(h), self.outlet.weight)
 
     def with_products(self, y: Tensor, embedding: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`Velocity.with_products`; written out, which spares small networks most of the overhead."""
         if self.training and self.dropout_rate:  # the dropped units must be the same ones in both
             return super().with_products(y, embedding, directions)
+        linear = nn.functional.linear
         shift, *pairs = embedding.split(self.width, dim=-1)
-        h = self.inlet(y) + shift
-        dh = directions @ self.inlet.weight.T
-        for k, (first, second) in enumerate(zip(self.first, self.second, strict=True)):
+        h = _affine(shift, y, self.inlet.weight)
+        dh = linear(directions, self.inlet.weight)
+        for gain, offset, first, second in self._blocks(pairs):
             active, slope = _silu_and_slope(h)
-            gain = 1 + pairs[2 * k]
-            inner, inner_slope = _silu_and_slope(first(active) * gain + pairs[2 * k + 1])
-            h = h + second(inner)
-            dh = dh + second(inner_slope * gain * ((slope * dh) @ first.get_parameter("weight").T))
+            inner, inner_slope = _silu_and_slope(torch.addcmul(offset, linear(active, first), gain))
+            h = _affine(h, inner, second)
+            dh = dh + linear(inner_slope * gain * linear(slope * dh, first), second)
         active, slope = _silu_and_slope(h)
-        return self.outlet(active), (slope * dh) @ self.outlet.weight.T
+        return _affine(self.outlet.bias, active, self.outlet.weight), linear(slope * dh, self.outlet.weight)
+
+    def _blocks(self, pairs: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Gain, shift and the two weight matrices of every block."""
+        for gain, shift, first, second in zip(pairs[::2], pairs[1::2], self.first, self.second, strict=True):
+            yield gain, shift, cast(nn.Linear, first).weight, cast(nn.Linear, second).weight
 
     def spec(self) -> dict[str, Any]:
         """The constructor's arguments."""
@@ -132,6 +148,11 @@ class MLP(Velocity):
             "dropout": self.dropout_rate,
             "frequencies": self.frequencies,
         }
+
+
+def _affine(shift: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``shift + x W^T``, in one pass over the result where ``x`` is a matrix."""
+    return torch.addmm(shift, x, weight.T) if x.ndim == 2 else shift + nn.functional.linear(x, weight)
 
 
 def _silu_and_slope(x: Tensor) -> tuple[Tensor, Tensor]:

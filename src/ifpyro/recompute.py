@@ -1,0 +1,39 @@
+"""Gradients that remember one state a step instead of every activation (gradient checkpointing).
+
+Griewank & Walther, Algorithm 799: revolve (2000); one level of it, with the solver's steps as segments. The backward
+pass runs each step again, so that the activations of one step alone are ever held.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def recompute(function: Callable[[Tensor], Any], y: Tensor) -> Any:
+    """``function(y)``, a tensor or a tuple of them, whose gradient runs the function again.
+
+    The gradient is that of ``function``, of any order, and the call may stand inside torch.func's ``grad``, ``vjp``
+    and ``vmap`` (not ``jvp``). Gradients reach ``y`` alone, not what the function closes over.
+    """
+    return _Recomputed.apply(function, y)
+
+
+class _Recomputed(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[[Tensor], Any], y: Tensor) -> Any:
+        return function(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.function, y = inputs
+        ctx.save_for_backward(y)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (y,) = ctx.saved_tensors
+        value, pull_back = torch.func.vjp(ctx.function, y)  # type: ignore[misc]
+        return None, pull_back(gradients if isinstance(value, tuple) else gradients[0])[0]
