@@ -19,6 +19,18 @@ def as_samples(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Ten
         TypeError: if it is not an array of real numbers.
         ValueError: if it has no event axis, or entries that are not finite (with the indices of their rows).
     """
+    x = as_rows(x, name, dtype)
+    refuse_not_finite(x, name)
+    return x
+
+
+def as_rows(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Tensor:
+    """``x`` as a real floating tensor of shape ``(N, *event)``, whatever its entries.
+
+    Raises:
+        TypeError: if it is not an array of real numbers.
+        ValueError: if it has no event axis.
+    """
     if not isinstance(x, Tensor):
         array = np.asarray(x)
         if array.dtype.kind not in "fiub":
@@ -38,14 +50,26 @@ def as_samples(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Ten
         raise ValueError(f"expected {name} with at least one column, got shape {tuple(x.shape)}")
     if dtype is None:
         dtype = x.dtype if x.is_floating_point() and x.dtype.itemsize >= 4 else torch.get_default_dtype()
-    x = x.to(dtype)
-    bad = torch.nonzero(~x.flatten(1).isfinite().all(-1)).flatten()
+    return x.to(dtype)
+
+
+def refuse_not_finite(x: Tensor, name: str = "x", first: int = 0) -> None:
+    """Refuse rows with NaN or infinity.
+
+    Args:
+        x: rows, ``(n, *event)``.
+        name: what they are called.
+        first: the index of the first of them, where ``x`` is a part of something larger.
+
+    Raises:
+        ValueError: with the indices of the rows.
+    """
+    bad = first + torch.nonzero(~x.flatten(1).isfinite().all(-1)).flatten()
     if len(bad):
         raise ValueError(
-            f"expected finite entries, but {len(bad)} of {len(x)} rows of {name} hold NaN or infinity: rows "
+            f"expected finite entries, but {len(bad)} of {_among(x, first)} rows of {name} hold NaN or infinity: rows "
             f"{_some(bad)}; drop or impute them"
         )
-    return x
 
 
 def check_trainable(x: Tensor) -> None:
@@ -54,13 +78,30 @@ def check_trainable(x: Tensor) -> None:
     Raises:
         ValueError: on too few rows, or constant columns (with their indices).
     """
-    n, d = x.shape
-    if n < max(MINIMUM, d + 2):
+    check_count(len(x), x.shape[1])
+    check_columns(x.min(0).values, x.max(0).values)
+
+
+def check_count(rows: int, columns: int) -> None:
+    """Refuse too few rows for a number of columns.
+
+    Raises:
+        ValueError: with how many are needed.
+    """
+    least = max(MINIMUM, columns + 2)
+    if rows < least:
         raise ValueError(
-            f"expected at least {max(MINIMUM, d + 2)} training rows for {d} columns (the covariance must have full "
-            f"rank), got {n}; collect more, or reduce the columns first"
+            f"expected at least {least} training rows for {columns} columns (the covariance must have full "
+            f"rank), got {rows}; collect more, or reduce the columns first"
         )
-    low, high = x.min(0).values, x.max(0).values
+
+
+def check_columns(low: Tensor, high: Tensor) -> None:
+    """Refuse constant columns, given the smallest and largest value of each, ``(D,)``.
+
+    Raises:
+        ValueError: with the indices of the columns.
+    """
     constant = torch.nonzero(high - low <= 1e-7 * torch.maximum(low.abs(), high.abs())).flatten()
     if len(constant):
         raise ValueError(
@@ -69,13 +110,19 @@ def check_trainable(x: Tensor) -> None:
         )
 
 
-def to_unconstrained(x: Tensor, support: Constraint, name: str = "x") -> Tensor:
+def to_unconstrained(x: Tensor, support: Constraint, name: str = "x", first: int = 0) -> Tensor:
     """Map samples ``(N, *event)`` inside a support to unconstrained space.
+
+    Args:
+        x: the samples.
+        support: the constraint they obey.
+        name: what they are called.
+        first: the index of the first of them, where ``x`` is a part of something larger.
 
     Raises:
         ValueError: if rows are outside the support or on its boundary (with their indices).
     """
-    bad = outside(support, x)
+    bad = first + outside(support, x)
     if len(bad):
         raise ValueError(
             f"expected every row of {name} strictly inside the support {support}, but {len(bad)} rows are outside or "
@@ -91,20 +138,43 @@ def split(x: Tensor, validation: Any, generator: torch.Generator) -> tuple[Tenso
         ValueError: if the fraction is not in (0, 1) or leaves no rows, or held-out rows have another event shape.
     """
     if isinstance(validation, int | float):
-        if not 0 < validation < 1:
-            raise ValueError(
-                f"validation expects a fraction in (0, 1) or held-out rows, got {validation}; training stops early on "
-                "these rows, so some are needed"
-            )
-        held_out = max(1, round(len(x) * validation))
+        held_out = held_out_count(len(x), validation)
         order = torch.randperm(len(x), generator=generator).to(x.device)
         return x[order[held_out:]], x[order[:held_out]]
-    rows = as_samples(validation, "validation", x.dtype).to(x.device)
-    if rows.shape[1:] != x.shape[1:] or len(rows) == 0:
+    return x, given_rows(validation, x.shape[1:], x.dtype).to(x.device)
+
+
+def held_out_count(rows: int, fraction: float) -> int:
+    """How many of ``rows`` a fraction holds out, at least one.
+
+    Raises:
+        ValueError: if the fraction is not in (0, 1).
+    """
+    if not 0 < fraction < 1:
         raise ValueError(
-            f"expected validation rows of event shape {tuple(x.shape[1:])}, got an array of shape {tuple(rows.shape)}"
+            f"validation expects a fraction in (0, 1) or held-out rows, got {fraction}; training stops early on "
+            "these rows, so some are needed"
         )
-    return x, rows
+    return max(1, round(rows * fraction))
+
+
+def given_rows(validation: Any, event_shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Held-out rows that the user gave.
+
+    Raises:
+        TypeError: if they are not an array of real numbers.
+        ValueError: if there are none, or they have another event shape.
+    """
+    rows = as_samples(validation, "validation", dtype)
+    if rows.shape[1:] != event_shape or len(rows) == 0:
+        raise ValueError(
+            f"expected validation rows of event shape {tuple(event_shape)}, got an array of shape {tuple(rows.shape)}"
+        )
+    return rows
+
+
+def _among(x: Tensor, first: int) -> str:
+    return f"{len(x)}" if first == 0 else f"the {len(x)} from {first} on of the"
 
 
 def _some(indices: Tensor) -> str:

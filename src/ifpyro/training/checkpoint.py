@@ -16,10 +16,10 @@ def save(run: Run, path: str | Path, seed: int) -> None:
     tensors |= {f"best.{k}": v for k, v in run.best.items()}
     for index, state in run.optimiser.state_dict()["state"].items():
         tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
-    tensors |= run.resume_at or run.random_state()
+    tensors |= run.resume_at or run.place()
     header = {
         "seed": seed,
-        "shape": list(run.train_rows.shape),
+        "shape": run.shape,
         "data": run.fingerprint,
         "step": run.step,
         "seconds": run.seconds,
@@ -37,7 +37,7 @@ def restore(run: Run, path: str | Path, seed: int) -> None:
         ValueError: if it belongs to other data, another network or another seed.
     """
     tensors, header = read_tensors(path, "checkpoint")
-    expected = {"seed": seed, "shape": list(run.train_rows.shape), "data": run.fingerprint}
+    expected = {"seed": seed, "shape": run.shape, "data": run.fingerprint}
     found = {name: header.get(name) for name in expected}
     if found != expected:
         raise ValueError(
@@ -53,7 +53,7 @@ def restore(run: Run, path: str | Path, seed: int) -> None:
         run.average.load_state_dict(part("average."))
     except RuntimeError as error:
         raise ValueError(f"the checkpoint {path} belongs to another network: {error}") from error
-    run.best = {k: v.to(run.train_rows.device) for k, v in part("best.").items()}
+    run.best = {k: v.to(run.rows.device) for k, v in part("best.").items()}
     optimiser = run.optimiser.state_dict()
     for name, value in part("adam.").items():
         index, key = name.split(".")
@@ -61,8 +61,9 @@ def restore(run: Run, path: str | Path, seed: int) -> None:
     run.optimiser.load_state_dict(optimiser)
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["rng_cuda"], run.train_rows.device)
-    run.resume_at = run.random_state()
+        torch.cuda.set_rng_state(tensors["rng_cuda"], run.rows.device)
+    run.rows.go_to(tensors["position"].tolist())
+    run.resume_at = run.place()
     run.step, run.seconds = header["step"], header["seconds"]
     run.best_loss, run.best_step = header["best_loss"], header["best_step"]
     run.history = [(int(step), float(loss)) for step, loss in header["history"]]

@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions.constraints import Constraint
 
 from .. import reconstruction
-from ..basis import Basis
 from ..flow import InflationaryFlow
 from ..numerics import choose_grid, latent_power
-from ..samples import as_samples, check_trainable, split, to_unconstrained
+from ..pool import Pool
+from ..samples import as_samples
 from ..schedule import Schedule
+from ..sources import open_source
 from ..support import support_to_dict
 from ..velocity import Velocity
 from . import checkpoint as checkpoints
+from .data import Data, InMemory
 from .recipe import Recipe, make_network
 from .run import Run
+from .streamed import Streamed
 
 
 def fit(
@@ -39,17 +41,23 @@ def fit(
     recipe: Recipe | None = None,
     tolerance: float = 1e-3,
     checkpoint: str | Path | None = None,
+    pool: Pool | None = None,
 ) -> InflationaryFlow:
     """Train an inflationary flow on samples.
 
     Ctrl-C ends training early and returns the best flow so far.
 
     Args:
-        x: samples, array or tensor of shape ``(N, *event)``.
+        x: samples, array or tensor of shape ``(N, *event)``; or data that need not fit into memory: a memory-mapped
+            array, any ``torch.utils.data`` data set or data loader (of an item that is a tuple, such as (image, label),
+            the first entry counts), or an array stored in zarr or HDF5. Of these only chunks are ever loaded, and the
+            axes are found in one pass. What decodes slowly is best given as a ``DataLoader`` with workers.
         schedule: ``Schedule.details_first()`` by default.
         network: options for the default network (``{"width": 256}``), or any
             :class:`~ifpyro.velocity.Velocity`, which is copied.
-        validation: the fraction of rows held out for early stopping, or the held-out rows themselves.
+        validation: the fraction of rows held out for early stopping, or the held-out rows themselves. Rows of a stream
+            are told apart by their content: where it changes from pass to pass (augmentation, fresh dequantisation
+            noise), give held-out rows.
         max_steps: most optimiser steps; the learning rate is annealed over them.
         max_seconds: most seconds of training; whichever limit is nearer drives the annealing.
         support: a torch constraint that all samples obey; training happens in unconstrained space.
@@ -60,7 +68,12 @@ def fit(
             quantities wants and an image does not; by default where standard deviations differ tenfold or more.
         recipe: the optimiser's numbers; chosen from the size of the data by default.
         tolerance: accepted error of the solver, in standard deviations of the data (see :mod:`ifpyro.numerics`).
-        checkpoint: a file that is written about every half minute; if it exists, training resumes from it.
+        checkpoint: a file that is written about every half minute; if it exists, training resumes from it. Several
+            processes must all see it.
+        pool: the processes that train together, ``Pool.join()`` under ``torchrun`` or ``accelerate launch``: all call
+            ``fit`` with the same arguments, all get the flow, and the result is that of one process up to rounding
+            (and dropout). ``batch`` of the recipe counts the rows of all. Every process needs the data, of which it
+            reads its share, but of a stream all.
 
     Returns:
         The flow, with what was measured in ``flow.report``.
@@ -68,50 +81,50 @@ def fit(
     Raises:
         TypeError: if ``x`` is not an array of real numbers.
         ValueError: on samples or options that cannot work; the message says which and what to do.
+        PoolError: if another process has died.
     """
     _check_limits(max_steps, max_seconds, tolerance)
-    x = as_samples(x)
-    x = x.to(device) if device is not None else x
-    seed = torch.Generator().seed() % 2**31 if seed is None else seed
+    pool = Pool() if pool is None else pool
+    progress = progress and pool.rank == 0
     schedule = schedule or Schedule.details_first()
     if support is not None:
         support_to_dict(support)  # refuse now what could not be saved after training
-        to_unconstrained(x, support)  # and rows outside, by the indices that the caller knows
-    train, held_out = split(x, validation, torch.Generator().manual_seed(seed))
-    if support is not None:
-        free_train = to_unconstrained(train, support)
-        free_held_out = to_unconstrained(held_out, support, "validation")
-    else:
-        free_train, free_held_out = train, held_out
-    free_train, free_held_out = free_train.flatten(1), free_held_out.flatten(1)
-    check_trainable(free_train)
+    fresh = torch.Generator().seed() % 2**31 if seed is None else seed
+    seed = int(pool.share_bytes(str(fresh).encode()))
+    data = _open(x, validation, support, seed, device, pool, progress)
 
-    rows, dim = free_train.shape
-    recipe = recipe or Recipe.for_data(rows, dim)
+    basis = data.basis(own_units)
+    recipe = recipe or Recipe.for_data(data.count, basis.dim)
     limit = max_steps if max_steps is not None else recipe.max_steps
-    basis = Basis.from_samples(free_train, own_units=_unlike_units(free_train) if own_units is None else own_units)
-    devices = [x.device] if x.device.type == "cuda" else []
+    devices = [data.device] if data.device.type == "cuda" else []
     # Layers initialise, and dropout draws, from torch's global stream: borrow it, and give it back as it was.
     with torch.random.fork_rng(devices=devices), _one_thread():
         torch.manual_seed(seed)
-        net = make_network(network, rows, dim).to(x)
+        net = make_network(network, data.count, basis.dim).to(basis.scale)
         run = Run(
-            net, schedule.angles(basis.scale), basis.to_standard(free_train), basis.to_standard(free_held_out), recipe
+            net,
+            schedule.angles(basis.scale),
+            data.rows(basis),
+            data.held_out_rows(basis),
+            recipe,
+            data.count,
+            data.fingerprint(),
+            pool,
         )
-        if checkpoint is not None and Path(checkpoint).exists():
+        if checkpoint is not None and pool.share_bytes(b"yes" if Path(checkpoint).exists() else b"no") == b"yes":
             checkpoints.restore(run, checkpoint, seed)
-        save = None if checkpoint is None else partial(checkpoints.save, run, checkpoint, seed)
+        save = None if checkpoint is None or pool.rank else partial(checkpoints.save, run, checkpoint, seed)
         stopped = run.train(limit, max_seconds, progress, save)
     flow = InflationaryFlow(
         basis,
         schedule,
         run.best_network(),
-        event_shape=x.shape[1:],
+        event_shape=data.event_shape,
         support=support,
         report={
             "training": {
-                "rows": rows,
-                "validation_rows": len(held_out),
+                "rows": data.count,
+                "validation_rows": len(data.held_out),
                 "steps": run.step,
                 "best_step": run.best_step,
                 "samples_seen": run.step * recipe.batch,
@@ -121,13 +134,31 @@ def fit(
                 "history": run.history,
                 "stopped": stopped,
                 "seed": seed,
+                "processes": pool.size,
             }
         },
     )
-    choose_grid(flow, held_out if len(held_out) >= 32 else x[:256], tolerance)
-    flow.report["training"]["latents"] = latent_power(flow, train)
-    flow.report["reconstruction"] = reconstruction.measure(flow, train, held_out)
+    choose_grid(flow, data.held_out if len(data.held_out) >= 32 else data.first, tolerance)
+    flow.report["training"]["latents"] = latent_power(flow, data.kept)
+    flow.report["reconstruction"] = reconstruction.measure(flow, data.kept, data.held_out)
     return flow
+
+
+def _open(
+    x: Any,
+    validation: Any,
+    support: Constraint | None,
+    seed: int,
+    device: torch.device | str | None,
+    pool: Pool,
+    progress: bool,
+) -> Data:
+    source = open_source(x, seed)
+    if source is not None:
+        return Streamed(source, validation, support, seed, device, pool, progress)
+    x = as_samples(x)
+    x = x.to(device) if device is not None else x
+    return InMemory(x, validation, support, torch.Generator().manual_seed(seed))
 
 
 @contextmanager
@@ -143,11 +174,6 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _unlike_units(x: Tensor) -> bool:
-    sd = x.std(0)
-    return bool(sd.max() >= 10 * sd.min())
 
 
 def _check_limits(max_steps: int | None, max_seconds: float | None, tolerance: float) -> None:

@@ -1,10 +1,15 @@
-"""The loop: descend, average, validate, and know when to stop."""
+"""The loop: descend, average, validate, and know when to stop.
 
-import hashlib
+Several processes train as one: all of them draw the same random numbers for the whole batch, each evaluates its part
+of it, and gradients are averaged, so that the result is that of one process up to rounding (and dropout, which every
+process draws for itself).
+"""
+
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -13,10 +18,12 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from ..pool import Pool
 from ..schedule import Angles
 from ..velocity import Velocity
 from .loss import noised_rows, velocity_loss
 from .recipe import Recipe
+from .rows import Rows
 
 _WARM_UP = 0.03  # share of the run in which the learning rate rises
 
@@ -27,9 +34,12 @@ class Run:
 
     net: Velocity
     angles: Angles
-    train_rows: Tensor
+    rows: Rows
     held_out: Tensor
     recipe: Recipe
+    count: int
+    fingerprint: str
+    pool: Pool = field(default_factory=Pool)
     step: int = 0
     seconds: float = 0.0
     best_loss: float = math.inf
@@ -38,6 +48,9 @@ class Run:
 
     def __post_init__(self) -> None:
         recipe = self.recipe
+        with torch.no_grad():
+            for tensor in self.net.state_dict().values():
+                tensor.copy_(self.pool.share(tensor))
         self.optimiser = torch.optim.AdamW(
             self.net.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
         )
@@ -45,8 +58,8 @@ class Run:
         self.average.update_parameters(self.net)
         self.best = {name: value.clone() for name, value in self.net.state_dict().items()}
         self.validation = noised_rows(self.held_out, self.angles, recipe.time_power)
-        self.fingerprint = hashlib.sha256(self.train_rows.cpu().numpy().tobytes()).hexdigest()[:16]
-        self.resume_at: dict[str, Tensor] | None = self.random_state()  # None in the middle of an update
+        self._stop: float | bool = False
+        self.resume_at: dict[str, Tensor] | None = self.place()  # None in the middle of an update
 
     def train(
         self,
@@ -81,8 +94,9 @@ class Run:
                     )
                     break
                 self.step += 1
-                self.resume_at = self.random_state()
-                self.seconds = before + time.monotonic() - start
+                self.resume_at = self.place()
+                if self.pool.rank == 0:  # its clock is that of all
+                    self.seconds = before + time.monotonic() - start
                 bar.update()
                 if self.step % self.recipe.check_every == 0 or self.step == max_steps:
                     self._validate()
@@ -93,7 +107,12 @@ class Run:
                     if save is not None and time.monotonic() - saved > 30:
                         save()
                         saved = time.monotonic()
+                if self._stop:
+                    stopped = "interrupted"
+                    break
         except KeyboardInterrupt:
+            if self.pool.size > 1:  # the others may be waiting for anything
+                raise
             stopped = "interrupted"
         finally:
             bar.close()
@@ -105,37 +124,78 @@ class Run:
             self._validate()
         return stopped
 
+    @property
+    def shape(self) -> list[int]:
+        """Rows and columns, as far as a checkpoint must agree with them."""
+        return [self.count, self.rows.dim]
+
     def best_network(self) -> Velocity:
         """The averaged network with the lowest validation loss."""
         self.net.load_state_dict(self.best)
         return self.net
 
     def _descend(self, share: float) -> bool:
-        recipe, rows = self.recipe, self.train_rows
+        recipe, rows = self.recipe, self.rows
         rate = recipe.rate * min(1.0, share / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        times = max(1, recipe.batch // recipe.shared)
-        index = torch.randint(len(rows), (recipe.shared, times), device=rows.device)
+        # As many times for every process: then the mean of their gradients is the gradient.
+        size = self.pool.size
+        times = -(-max(1, recipe.batch // recipe.shared) // size) * size
+        mine = self.pool.mine(times)
+        data = rows.draw((recipe.shared, times), mine)
         strata = torch.arange(times, device=rows.device, dtype=torch.double)
-        t = ((strata + torch.rand(times, device=rows.device)) / times) ** recipe.time_power
-        theta = self.angles(t).to(rows)
-        noise = torch.randn(*index.shape, rows.shape[1], dtype=rows.dtype, device=rows.device)
-        loss = velocity_loss(self.net, rows[index], noise, theta, self.net.embed(t))
-        if not bool(loss.isfinite()):
+        t = (((strata + torch.rand(times, device=rows.device)) / times) ** recipe.time_power)[mine]
+        theta = self.angles(t).to(data)
+        noise = torch.randn(recipe.shared, times, rows.dim, dtype=rows.dtype, device=rows.device)[:, mine]
+        with self._own_randomness():
+            loss = velocity_loss(self.net, data, noise, theta, self.net.embed(t))
+        if not self._all_finite(loss):
             return False
         self.optimiser.zero_grad()
         loss.backward()
+        self._average_gradients()
         self.resume_at = None
         self.optimiser.step()
         self.average.update_parameters(self.net)
         return True
 
-    def random_state(self) -> dict[str, Tensor]:
-        """The random streams, as a checkpoint keeps them."""
-        state = {"rng": torch.get_rng_state()}
-        if self.train_rows.is_cuda:
-            state["rng_cuda"] = torch.cuda.get_rng_state(self.train_rows.device)
+    def _all_finite(self, loss: Tensor) -> bool:
+        """Whether the loss is finite in all processes, which also agree on the time and on whether to stop."""
+        if self.pool.size == 1:
+            self._stop = self.pool.interrupted
+            return bool(loss.isfinite())
+        total, seconds, self._stop = self.pool.totals(
+            [float(loss), self.seconds if self.pool.rank == 0 else 0.0, float(self.pool.interrupted)]
+        )
+        self.seconds = seconds
+        return math.isfinite(total)
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Dropout of this process alone, which leaves the random stream that all share where it was."""
+        if self.pool.size == 1:
+            yield
+            return
+        devices = [self.rows.device] if self.rows.device.type == "cuda" else []
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(seed + self.pool.rank)
+            yield
+
+    def _average_gradients(self) -> None:
+        if self.pool.size == 1:
+            return
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        mean = self.pool.mean(torch.cat([g.flatten() for g in gradients]))
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+    def place(self) -> dict[str, Tensor]:
+        """Where the random streams and the data stand, as a checkpoint keeps it."""
+        state = {"rng": torch.get_rng_state(), "position": torch.tensor(self.rows.position(), dtype=torch.long)}
+        if self.rows.device.type == "cuda":
+            state["rng_cuda"] = torch.cuda.get_rng_state(self.rows.device)
         return state
 
     def gaussian_loss(self) -> float:
@@ -146,8 +206,10 @@ class Run:
     def _validate(self) -> None:
         network = cast(Velocity, self.average.module).eval()
         rows, noise, t, theta = self.validation
+        mine = self.pool.mine(len(rows))
         with torch.no_grad():
-            loss = float(velocity_loss(network, rows, noise, theta, network.embed(t)))
+            own = velocity_loss(network, rows[mine], noise[mine], theta[mine], network.embed(t[mine]))
+        [loss] = self.pool.totals([float(own) * ((mine.stop - mine.start) / len(rows))])
         if loss < self.best_loss:
             self.best_loss, self.best_step = loss, self.step
             self.best = {name: value.clone() for name, value in network.state_dict().items()}

@@ -1,0 +1,59 @@
+r"""Mean and covariance of data that pass by once, chunk after chunk, in double precision and bounded memory.
+
+With a pilot mean ``c``, taken from the first rows so that nothing cancels, what is kept are the sums
+
+.. math:: n, \qquad S_1 = \sum_i (x_i - c), \qquad S_2 = \sum_i (x_i - c)(x_i - c)^T,
+
+which add up over chunks and over processes, and give :math:`\mu = c + S_1/n` and
+:math:`\Sigma = (S_2 - S_1 S_1^T / n) / (n - 1)`.
+"""
+
+import torch
+from torch import Tensor
+
+from .pool import Pool
+
+
+class Moments:
+    """Running moments of rows of ``D`` columns.
+
+    Args:
+        pilot: a rough mean, ``(D,)``; the same in all processes.
+    """
+
+    def __init__(self, pilot: Tensor) -> None:
+        self._pilot = pilot.double()
+        self._first = torch.zeros_like(self._pilot)
+        self._second = torch.zeros(len(pilot), len(pilot), dtype=torch.double, device=pilot.device)
+        self.count = 0
+        self.low = torch.full_like(self._pilot, torch.inf)
+        self.high = torch.full_like(self._pilot, -torch.inf)
+
+    def add(self, rows: Tensor) -> None:
+        """Take in rows ``(n, D)``."""
+        if len(rows) == 0:
+            return
+        centred = rows.double() - self._pilot
+        self._first += centred.sum(0)
+        self._second.addmm_(centred.T, centred)
+        self.count += len(rows)
+        self.low = torch.minimum(self.low, rows.min(0).values.double())
+        self.high = torch.maximum(self.high, rows.max(0).values.double())
+
+    def pool(self, pool: Pool) -> None:
+        """Add up what all processes have seen."""
+        if pool.size == 1:
+            return
+        self.count = int(pool.totals([self.count])[0])
+        self._first, self._second = pool.sum(self._first), pool.sum(self._second)
+        self.low, self.high = pool.rows(self.low[None]).min(0).values, pool.rows(self.high[None]).max(0).values
+
+    @property
+    def mean(self) -> Tensor:
+        """``mu``, ``(D,)``, double precision."""
+        return self._pilot + self._first / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """``Sigma``, ``(D, D)``, double precision."""
+        return (self._second - torch.outer(self._first, self._first) / self.count) / (self.count - 1)

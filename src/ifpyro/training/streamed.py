@@ -1,0 +1,173 @@
+"""Training data that need not fit into memory: what one pass through them finds."""
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions.constraints import Constraint
+from tqdm.auto import tqdm
+
+from ..basis import Basis
+from ..moments import Moments
+from ..pool import Pool
+from ..samples import check_columns, check_count, given_rows, held_out_count, refuse_not_finite
+from ..sources import ByIndex, Chunk, Stream, row_hash
+from .data import free_rows, unlike_units
+from .rows import RowsByIndex, RowsOfStream
+
+MOST_HELD_OUT = 16_384
+"""Held-out rows that are kept in memory."""
+
+KEPT = 4096
+"""Training rows that are kept in memory to measure the trained flow on."""
+
+
+class Streamed:
+    """Data of which only chunks are ever in memory; see :class:`Data`.
+
+    One pass finds the moments and refuses what cannot be trained on. Of data that are read by index, the same rows are
+    held out as in memory, though at most `MOST_HELD_OUT`; of a stream, those whose content says so.
+
+    Args:
+        source: how to read the data.
+        validation: the fraction held out, or held-out rows.
+        support: a constraint that all rows obey.
+        seed: of the choice of held-out rows.
+        device: where to train.
+        pool: the processes that share the pass, where the data are read by index.
+        progress: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        source: ByIndex | Stream,
+        validation: Any,
+        support: Constraint | None,
+        seed: int,
+        device: torch.device | str | None,
+        pool: Pool,
+        progress: bool,
+    ) -> None:
+        self.event_shape, self.dtype = source.event_shape, source.dtype
+        self.device = torch.device("cpu" if device is None else device)
+        self._source, self._support, self._seed = source, support, seed
+        fraction = validation if isinstance(validation, int | float) else None
+        held_out = None if fraction is not None else given_rows(validation, self.event_shape, self.dtype)
+        self._share = 0.0 if fraction is None else float(fraction)
+        if fraction is not None:
+            held_out_count(1, fraction)  # refuses what is no fraction
+        error = None
+        try:
+            if isinstance(source, ByIndex):
+                moments, kept = self._by_index(source, pool, progress)
+            else:
+                moments, kept = self._by_content(source, progress)
+        except (TypeError, ValueError) as problem:
+            error = problem
+        pool.first_error(error)
+        if isinstance(source, ByIndex):
+            moments.pool(pool)
+        found, self.kept = (rows.to(self.device) for rows in kept)
+        self.first = self.kept[:256]
+        self.held_out = found if held_out is None else held_out.to(self.device)
+        check_count(moments.count, len(moments.low))
+        if len(self.held_out) == 0:
+            raise ValueError(f"validation={fraction} held out none of {moments.count} rows; pass held-out rows instead")
+        check_columns(moments.low, moments.high)
+        self.count, self._moments = moments.count, moments
+
+    def basis(self, own_units: bool | None) -> Basis:
+        """See :meth:`Data.basis`."""
+        sd = self._moments.covariance.diagonal().sqrt()
+        unit = sd if own_units or (own_units is None and unlike_units(sd)) else torch.ones_like(sd)
+        covariance = self._moments.covariance / torch.outer(unit, unit)
+        basis = Basis.from_moments(self._moments.mean, covariance, self.kept)
+        return Basis(basis.mean, basis.rotation, basis.scale, unit.to(self.kept))
+
+    def rows(self, basis: Basis) -> RowsByIndex | RowsOfStream:
+        """See :meth:`Data.rows`."""
+
+        def standard(rows: Tensor) -> Tensor:
+            batch = rows.shape[: rows.ndim - len(self.event_shape)]
+            rows = rows.to(basis.scale).reshape(-1, *self.event_shape)
+            return basis.to_standard(free_rows(rows, self._support, "x")).reshape(*batch, -1)
+
+        if isinstance(self._source, ByIndex):
+            return RowsByIndex(self._source, self._train_index, standard, basis.scale)
+
+        def of_training(rows: Tensor) -> Tensor:
+            return standard(rows[row_hash(rows, self._seed) >= self._share])
+
+        return RowsOfStream(self._source, self.count, of_training, basis.scale)
+
+    def held_out_rows(self, basis: Basis) -> Tensor:
+        """See :meth:`Data.held_out_rows`."""
+        return basis.to_standard(free_rows(self.held_out, self._support, "validation"))
+
+    def fingerprint(self) -> str:
+        """See :meth:`Data.fingerprint`; of the moments, rounded because their sums may come in another order."""
+        moments = self._moments
+        numbers = torch.cat([moments.mean, moments.covariance.diagonal()]).tolist()
+        text = " ".join([str(moments.count), *(f"{number:.6e}" for number in numbers)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _by_index(self, source: ByIndex, pool: Pool, progress: bool) -> tuple[Moments, tuple[Tensor, Tensor]]:
+        order = torch.randperm(source.count, generator=torch.Generator().manual_seed(self._seed))
+        held_out = min(held_out_count(source.count, self._share), MOST_HELD_OUT) if self._share else 0
+        if not self._share:
+            order = order.sort().values
+        train = torch.ones(source.count, dtype=torch.bool)
+        train[order[:held_out]] = False
+        self._train_index = order[held_out:]
+        first = self._checked((0, source.rows(torch.arange(min(source.count, 256)))))
+        moments = Moments(first.mean(0))
+        chunks = -(-source.count // (source.chunk_rows * pool.size))
+        for start, rows in tqdm(
+            source.chunks(pool.rank, pool.size), total=chunks, disable=not progress, desc="moments", unit="chunk"
+        ):
+            moments.add(self._checked((start, rows))[train[start : start + len(rows)].to(self.device)])
+        return moments, (
+            source.rows(order[:held_out]),
+            source.rows(self._train_index[:: -(-len(self._train_index) // KEPT)]),
+        )
+
+    def _by_content(self, source: Stream, progress: bool) -> tuple[Moments, tuple[Tensor, Tensor]]:
+        """Of the rows that are held out, and of the others, those with the smallest hashes are kept."""
+        moments: Moments | None = None
+        for start, rows in tqdm(source.one_pass(0), disable=not progress, desc="moments", unit="chunk"):
+            free = self._checked((start, rows))
+            if moments is None:
+                moments = Moments(free[:256].mean(0))
+                held_out, kept = _Smallest(MOST_HELD_OUT, rows), _Smallest(KEPT, rows)
+            hashes = row_hash(rows, self._seed)
+            out = hashes < self._share
+            moments.add(free[~out.to(self.device)])
+            held_out.add(hashes[out], rows[out])
+            kept.add(hashes[~out], rows[~out])
+        assert moments is not None  # a source has at least one row
+        return moments, (held_out.rows, kept.rows)
+
+    def _checked(self, chunk: Chunk) -> Tensor:
+        """The rows of a chunk, refused if anything is wrong with them, on the device, unconstrained and flattened."""
+        start, rows = chunk
+        if rows.shape[1:] != self.event_shape:
+            raise ValueError(
+                f"expected rows of event shape {tuple(self.event_shape)} like the first, got {tuple(rows.shape[1:])} "
+                f"from row {start} on"
+            )
+        refuse_not_finite(rows, first=start)
+        return free_rows(rows.to(self.device), self._support, "x", start)
+
+
+class _Smallest:
+    """The rows with the smallest hashes so far."""
+
+    def __init__(self, most: int, like: Tensor) -> None:
+        self._most = most
+        self._hashes, self.rows = like.new_zeros(0, dtype=torch.double), like[:0]
+
+    def add(self, hashes: Tensor, rows: Tensor) -> None:
+        hashes, rows = torch.cat([self._hashes, hashes]), torch.cat([self.rows, rows])
+        order = hashes.argsort()[: self._most]
+        self._hashes, self.rows = hashes[order], rows[order]
