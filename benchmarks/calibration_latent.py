@@ -4,8 +4,8 @@
 
 Balls ``|z|^2 <= r_p^2`` hold probability p of N(0, I). 20,000 points, Gaussian and evenly spread in each ball, are
 decoded, encoded again, and counted; the mismatch is the largest change of a share over balls of 10 to 99%. Another
-question: do the balls hold their share of held-out data? Flows are those of ``paper_toy.py``, trained with fixed seeds
-if they are not in ``benchmarks/.cache``; the table goes to ``benchmarks/calibration.md``.
+question: do the balls hold their share of held-out data? Flows are those of ``paper_flows.py``, trained with fixed
+seeds if they are not in ``benchmarks/.cache``; the table goes to ``benchmarks/calibration.md``.
 """
 
 import argparse
@@ -13,10 +13,9 @@ import argparse
 import torch
 
 from calibration_common import write
-from ifpyro import datasets
 from ifpyro.calibration import latent_coverage
 from paper_common import show
-from paper_toy import TEST_SEED, flow_of
+from paper_flows import Key, data, flow_of
 
 HELD_OUT = 10_000
 
@@ -38,9 +37,9 @@ def main() -> None:
     )
     show(lines, "| set | flow | mismatch | moved | data off by | p |\n|---|---|---|---|---|---|")
     for name in ("circles", "S-curve"):
-        x = datasets.paper()[name].sample(HELD_OUT, seed=TEST_SEED)
+        x = data(name).held_out[:HELD_OUT]
         for kind in ("preserving", "reducing"):
-            flow = flow_of(name, kind, options.quick)
+            flow = flow_of(Key(name, kind), options.quick)
             found = latent_coverage(flow.encode, flow.decode, x, seed=0)
             show(
                 lines,

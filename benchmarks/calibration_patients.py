@@ -1,6 +1,6 @@
 """Real data, nothing simulated: hidden columns of held-out patients, inferred from the other columns.
 
-    python benchmarks/calibration_patients.py [--split 0] [--patients N] [--particles 256] [--quick]
+    python benchmarks/calibration_patients.py [--splits 0 1 2] [--patients 57] [--particles 256] [--quick]
 
 Breast cancer (569 patients, 30 columns, logarithms, standardised). A flow is trained on 70% of the patients, at random.
 For each of the others, ten random columns are hidden, and twenty are seen with noise of standard deviation 0.1:
@@ -48,35 +48,44 @@ ABOVE = [
     "noise, nats a patient, as a ratio of evidences; CRPS in standard deviations. Processor seconds. Splits are "
     "named by their seeds, which are also those of training and noise.",
     "",
-    "| split | model | 50% covers | 90% covers | 95% covers | log score | CRPS | s |",
-    "|---|---|---|---|---|---|---|---|",
+    "| split | model | patients | 50% covers | 90% covers | 95% covers | log score | CRPS | s |",
+    "|---|---|---|---|---|---|---|---|---|",
 ]
 Array = np.ndarray
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--split", type=int, default=0, help="seed of the split, the flow and the sampler")
-    parser.add_argument("--patients", type=int, default=None, help="the first few held-out patients; all by default")
+    parser.add_argument("--splits", type=int, nargs="*", default=[0, 1, 2], help="seeds of split, flow and noise")
+    parser.add_argument("--patients", type=int, default=57, help="held-out patients of a split, at most 171")
     parser.add_argument("--particles", type=int, default=256)
-    parser.add_argument("--quick", action="store_true", help="a barely trained flow, nothing written")
+    parser.add_argument("--quick", action="store_true", help="barely trained flows, two patients, nothing written")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    train, test = split(options.split)
-    flow = trained(train, options.split, options.quick)
-    start = time.process_time()
-    cases = hide(test[: options.patients], options.split)
-    ours, theirs = by_flow(flow, cases, options.particles), by_gaussian(train, cases)
-    rows = [
-        f"| {options.split} | flow | {cells(ours)} | {time.process_time() - start:.0f} |",
-        f"| {options.split} | Gaussian | {cells(theirs)} | |",
-        f"| {options.split} | flow less Gaussian | | | | {mean(ours.log_score - theirs.log_score, 2)} "
-        f"| {mean(ours.crps - theirs.crps, 4)} | |",
+    print("\n".join(ABOVE), flush=True)
+    for seed in options.splits:
+        train, test = split(seed)
+        flow = trained(train, seed, options.quick)
+        start = time.process_time()
+        cases = hide(test[: 2 if options.quick else options.patients], seed)
+        ours, theirs = by_flow(flow, cases, options.particles), by_gaussian(train, cases)
+        rows = table(str(seed), ours, theirs, f"{time.process_time() - start:.0f}")
+        print("\n".join(rows), flush=True)
+        if not options.quick:
+            keep(seed, ours, theirs)
+            write_rows("patients", ABOVE, [*rows, *table("all", *kept(), "")], [*map(str, range(100)), "all"])
+
+
+def table(name: str, ours: "Scores", theirs: "Scores", seconds: str) -> list[str]:
+    """The rows of a split."""
+    score, crps = ours.log_score - theirs.log_score, ours.crps - theirs.crps
+    count = len(ours.truth)
+    return [
+        f"| {name} | flow | {count} | {cells(ours)} | {seconds} |",
+        f"| {name} | Gaussian | {count} | {cells(theirs)} | |",
+        f"| {name} | less Gaussian | {count} | | | | {mean(score, 2)} | {mean(crps, 4)} | |",
     ]
-    print("\n".join([*ABOVE, *rows]), flush=True)
-    if not options.quick:
-        write_rows("patients", ABOVE, rows, [str(k) for k in range(100)])
 
 
 def cells(found: "Scores") -> str:
@@ -116,6 +125,23 @@ class Scores(NamedTuple):
     """``(S,)``"""
     crps: Array
     """``(S,)``"""
+
+
+def keep(seed: int, ours: Scores, theirs: Scores) -> None:
+    """Put the results of a split where `kept` finds them."""
+    named = {
+        f"{k}{field}": value for k, scores in enumerate((ours, theirs)) for field, value in scores._asdict().items()
+    }
+    np.savez(CACHE / f"calibration-patients-{seed}.npz", **named)
+
+
+def kept() -> tuple[Scores, Scores]:
+    """The results of all splits together."""
+    files = [np.load(path) for path in sorted(CACHE.glob("calibration-patients-*.npz"))]
+    pooled = [
+        Scores(*(np.concatenate([file[f"{k}{field}"] for file in files]) for field in Scores._fields)) for k in (0, 1)
+    ]
+    return pooled[0], pooled[1]
 
 
 def split(seed: int) -> tuple[Tensor, Tensor]:

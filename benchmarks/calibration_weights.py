@@ -10,7 +10,7 @@ encoded, and the log-determinant of the map, which does not depend on the weight
 
 The posteriors of all data sets are sampled in one batch, by SMC and by HMC. Beyond the paper: coverage of 90% intervals
 over the data sets, with the paper's weights and with weights drawn from the prior, for which coverage should be exact.
-Flows are those of ``paper_toy.py``, trained with fixed seeds if they are not in ``benchmarks/.cache``; the table goes
+Flows are those of ``paper_flows.py``, trained with fixed seeds if they are not in ``benchmarks/.cache``; the table goes
 to ``benchmarks/calibration.md``.
 """
 
@@ -27,7 +27,7 @@ import ifpyro
 from calibration_common import write_rows
 from ifpyro.calibration import Coverage, ManyHMC, ManySMC, coverage
 from ifpyro.infer.many import ManyDataSets
-from paper_toy import flow_of
+from paper_flows import Key, flow_of
 
 WEIGHTS = torch.tensor([0.5, 0.25, 0.25])
 MEANS = torch.tensor([[-1.2, 0.0], [0.8, 1.0], [0.8, -1.0]])
@@ -75,7 +75,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print("\n".join(ABOVE), flush=True)
     for kind in options.flows:
-        flow = flow_of("circles", kind, options.quick)
+        flow = flow_of(Key("circles", kind), options.quick)
         for engine in options.engines:
             cells = row(flow, engine, 5 if options.quick else SETS, options.seed)
             line = f"| {kind} | {engine} | {cells} | {options.seed} |"

@@ -45,7 +45,8 @@ network = {"width": 64, "blocks": 2}  # small, because this page runs a thousand
 good = ifpyro.fit(samples, network=network, seed=0, max_steps=200 if SMOKE else 4000, progress=False)
 bad = ifpyro.fit(samples, network=network, seed=0, max_steps=20 if SMOKE else 100, progress=False)
 
-check = ifpyro.check(good, held_out, train=samples)
+rows = 300 if SMOKE else 2000
+check = ifpyro.check(good, held_out, train=samples, rows=rows)
 print(check)
 
 # %% [markdown]
@@ -57,7 +58,7 @@ check.plot()
 plt.show()
 
 # %%
-verdict = ifpyro.check(bad, held_out)
+verdict = ifpyro.check(bad, held_out, rows=rows)
 for row in verdict:
     if row.verdict == "fail":
         print(f"{row.name:24} {row.value:8.3f} {row.unit:10} {row.note}")
@@ -98,7 +99,7 @@ def model(y):
     pyro.sample("y", dist.Normal(x[..., 1], 0.3), obs=y)
 
 
-simulations = 20 if SMOKE else 300
+simulations = 10 if SMOKE else 300
 right = calibration.ManySMC(particles=64, islands=2)
 found = calibration.sbc(model, right, simulations, args=(torch.zeros(()),), progress=False)
 print(found)
@@ -149,7 +150,7 @@ plt.show()
 # to the first. Intervals do not notice. TARP does: it ranks the truth by its distance to reference points.
 
 # %%
-sets = 10 if SMOKE else 200
+sets = 4 if SMOKE else 200
 truth = good.sample(sets, seed=5)
 data = truth[:, 1] + 0.3 * torch.randn(sets, generator=torch.Generator().manual_seed(6))
 draws = []
@@ -190,7 +191,7 @@ for x in test[: 2 if SMOKE else 40]:
     order = torch.as_tensor(rng.permutation(30))
     hidden, seen = order[:10], order[10:]
     y = x[seen] + 0.1 * torch.as_tensor(rng.normal(size=20), dtype=torch.float32)
-    smc = ifpyro.SMC(patient, num_particles=256, seed=0, progress=False).run(y, seen)
+    smc = ifpyro.SMC(patient, num_particles=64 if SMOKE else 256, seed=0, progress=False).run(y, seen)
     truth.append(x[hidden])
     posterior.append(smc.get_samples()["x"][:, hidden])
     columns.append(hidden)
