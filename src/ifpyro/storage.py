@@ -4,8 +4,9 @@ import hashlib
 import json
 import os
 import uuid
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,7 +32,6 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, heade
         kind: what the file is, checked by :func:`read_tensors`.
         header: JSON-serialisable data.
     """
-    path = Path(path)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {
         "format": f"ifpyro-{kind}",
@@ -39,10 +39,21 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, heade
         "header": json.dumps(header),
     }
     content = save(tensors, {**metadata, "sha256": _digest(tensors, metadata)})
+    write_atomically(path, lambda file: file.write(content))
+
+
+def write_atomically(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never half of one.
+
+    Args:
+        path: where to.
+        write: writes the content to an open file.
+    """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

@@ -166,7 +166,7 @@ class Run:
             self._stop = self.pool.interrupted
             return bool(loss.isfinite())
         total, seconds, self._stop = self.pool.totals(
-            [float(loss), self.seconds if self.pool.rank == 0 else 0.0, float(self.pool.interrupted)]
+            [float(loss.detach()), self.seconds if self.pool.rank == 0 else 0.0, float(self.pool.interrupted)]
         )
         self.seconds = seconds
         return math.isfinite(total)
@@ -178,9 +178,9 @@ class Run:
             yield
             return
         devices = [self.rows.device] if self.rows.device.type == "cuda" else []
-        seed = int(torch.randint(2**62, (), device="cpu"))
+        own = torch.initial_seed() + (self.step + 1) * self.pool.size + self.pool.rank
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed + self.pool.rank)
+            torch.manual_seed(own)
             yield
 
     def _average_gradients(self) -> None:
