@@ -19,12 +19,13 @@ import pyro
 import torch
 from torch import Tensor
 
+from ifpyro.infer.enumeration import sum_out
 from ifpyro.infer.layout import BatchingError, ModelError
 from ifpyro.infer.probe import collect_probes
 from ifpyro.infer.randomness import seeded
 from ifpyro.infer.reparam import reparam
 from ifpyro.infer.runner import Batching, InChunks, Runner, Totals
-from ifpyro.infer.scan import check_arguments, scan
+from ifpyro.infer.scan import Enumerated, Model, Scan, check_arguments, scan
 from ifpyro.infer.verify import Verifier, same_rows
 
 _ORDER: tuple[Batching, ...] = ("plate", "vmap", "loop")
@@ -40,7 +41,8 @@ class BatchedModel:
     they were.
 
     Args:
-        model: any Pyro model with continuous latent sites.
+        model: any Pyro model with continuous latent sites, and discrete ones that are marked for enumeration: these
+            are summed out (`ifpyro.infer.enumeration`).
         args: its positional arguments.
         kwargs: its keyword arguments.
         batching: ``"plate"``, ``"vmap"`` or ``"loop"``; None takes the first that proves right.
@@ -51,8 +53,8 @@ class BatchedModel:
     Raises:
         TypeError: if the model cannot be called with these arguments.
         ValueError: if the model has no latent sites, discrete latents, a random subsample, randomness outside
-            its sites, an impossible or NaN likelihood at every probe, or if the batching asked for is wrong
-            for it.
+            its sites, invalid parameters at prior draws, an impossible or NaN likelihood at every probe, or if
+            the batching asked for is wrong for it.
 
     Attributes:
         dim: length of ``q``.
@@ -61,11 +63,13 @@ class BatchedModel:
         site_batching: the same for the values of sites.
         prior_batching: the same for prior draws.
         dtype, device: of ``q``.
+        prepare: how this model, with these or other data, is changed before it is run: flow priors reparameterised,
+            enumerated latents summed out.
     """
 
     def __init__(
         self,
-        model: Callable[..., Any],
+        model: Model,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
         *,
@@ -82,17 +86,16 @@ class BatchedModel:
         check_arguments(model, args, kwargs)
         self._asked, self._batch_size = batching, batch_size
         self._notes: list[str] = []
-        model = reparam(model)
-        invalid: ValueError | None = None
+        start = torch.device(device or "cpu")
+        self.prepare: Callable[[Model], Model] = reparam
         try:
-            with seeded(seed, torch.device(device or "cpu")):
-                found = scan(model, args, kwargs)
-        except ModelError:
-            raise
-        except ValueError as error:  # torch's validation: see below whether more can be said than it says
-            invalid = error
-            with seeded(seed, torch.device(device or "cpu")), pyro.validation_enabled(False):
-                found = scan(model, args, kwargs)
+            found, invalid = _scan(reparam(model), args, kwargs, seed, start)
+        except Enumerated:
+            with seeded(seed, start), pyro.validation_enabled(False):
+                summed = sum_out(reparam(model), args, kwargs)
+            self.prepare = lambda other: summed(reparam(other))
+            found, invalid = _scan(self.prepare(model), args, kwargs, seed, start)
+        model = self.prepare(model)
         self._layout = found.layout
         self.dim: int = self._layout.dim
         self.device = torch.device(device) if device is not None else found.device
@@ -101,7 +104,10 @@ class BatchedModel:
         with seeded(seed, self.device), pyro.validation_enabled(False):
             probes = collect_probes(self._runner)
             if invalid is not None:
-                raise invalid
+                raise ModelError(
+                    f"at some prior draws the model is invalid: {invalid}\nKeep parameters where they belong (exp, "
+                    "softplus, clamp), or count such draws as impossible: pyro.enable_validation(False)"
+                ) from invalid
             self.gaussian_prior: bool = probes.gaussian_prior
             self._verifier = Verifier(self._runner, probes)
             self._trusted: dict[_What, set[int]] = {what: {1, *probes.sizes} for what in _SUBJECTS}
@@ -303,3 +309,17 @@ class BatchedModel:
                     f"for all sites, got {tuple(value.shape)}"
                 )
         return n
+
+
+def _scan(
+    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, device: torch.device
+) -> tuple[Scan, ValueError | None]:
+    """What is found in a model, and what torch's validation objects to: later runs may say more than it says."""
+    try:
+        with seeded(seed, device):
+            return scan(model, args, kwargs), None
+    except ModelError:
+        raise
+    except ValueError as error:
+        with seeded(seed, device), pyro.validation_enabled(False):
+            return scan(model, args, kwargs), error

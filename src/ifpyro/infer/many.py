@@ -24,7 +24,6 @@ from ifpyro.infer.layout import BatchingError
 from ifpyro.infer.observed import with_data
 from ifpyro.infer.probe import Probes
 from ifpyro.infer.randomness import seeded
-from ifpyro.infer.reparam import reparam
 from ifpyro.infer.runner import Batching, InChunks, Runner, Totals, gradient
 from ifpyro.infer.verify import check_density, check_isolation, close_enough
 
@@ -34,9 +33,11 @@ _Model = Callable[..., Any]
 class _RowRunner(Runner):
     """A runner whose rows have data of their own, ``(n, *shape)`` per observed site."""
 
-    def __init__(self, base: Runner, model: _Model, data: Mapping[str, Tensor]) -> None:
-        super().__init__(reparam(model), base.args, base.kwargs, base.layout)
-        self._plain, self._data = model, dict(data)
+    def __init__(
+        self, base: Runner, model: _Model, prepare: Callable[[_Model], _Model], data: Mapping[str, Tensor]
+    ) -> None:
+        super().__init__(prepare(model), base.args, base.kwargs, base.layout)
+        self._plain, self._prepare, self._data = model, prepare, dict(data)
 
     def row(self, i: int) -> Runner:
         """The runner of one row."""
@@ -66,7 +67,7 @@ class _RowRunner(Runner):
         return torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows])
 
     def _over(self, data: Mapping[str, Tensor], depth: int | None = None) -> Runner:
-        return Runner(reparam(with_data(self._plain, data, depth)), self.args, self.kwargs, self.layout)
+        return Runner(self._prepare(with_data(self._plain, data, depth)), self.args, self.kwargs, self.layout)
 
 
 class ManyDataSets:
@@ -160,7 +161,7 @@ class ManyDataSets:
 
     def _runner(self, index: Tensor) -> _RowRunner:
         data = {name: value[index] for name, value in self.data.items()}
-        return _RowRunner(self.base.runner, self._model, data)
+        return _RowRunner(self.base.runner, self._model, self.base.prepare, data)
 
     def _choose(self, order: tuple[Batching, ...]) -> Batching:
         """The first way of batching that gives what single draws, each with its own data, give."""

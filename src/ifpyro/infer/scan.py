@@ -14,6 +14,7 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
 
+from ifpyro.infer.enumeration import is_enumerated
 from ifpyro.infer.handlers import Evaluate, FromVector
 from ifpyro.infer.layout import (
     LatentSite,
@@ -54,6 +55,10 @@ def check_arguments(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any])
         ) from None
 
 
+class Enumerated(Exception):
+    """The model has discrete latents that are to be summed out first."""
+
+
 class Scan(Evaluate):
     """One draw from the prior that writes down the layout as it goes."""
 
@@ -86,11 +91,13 @@ class Scan(Evaluate):
         name, (fn, _) = msg["name"], split_mask(msg["fn"])
         support = _support(fn, name)
         if getattr(support, "is_discrete", False):
+            if is_enumerated(msg):
+                raise Enumerated(name)
             raise ModelError(
                 f"latent site {name!r} is discrete ({_kind(fn)}); only continuous latents can be moved by "
-                "HMC, SMC or elliptical slice sampling, and enumeration is not supported. Sum it out by "
-                "hand, for example with pyro.distributions.MixtureSameFamily or a pyro.factor of its "
-                "logsumexp."
+                "HMC, SMC or elliptical slice sampling. If it takes finitely many values, "
+                "pyro.infer.config_enumerate(model) has it summed out; otherwise sum it out by hand with a "
+                "pyro.factor."
             )
         if isinstance(fn, Delta):
             raise ModelError(f"latent site {name!r} is a Delta, which has no density; use pyro.deterministic instead")
@@ -122,7 +129,10 @@ class Scan(Evaluate):
     def _inspect_observed(self, msg: Any) -> None:
         fn, name, value = msg["fn"], msg["name"], msg["value"]
         if not isinstance(value, Tensor):
-            raise ModelError(f"observed site {name!r}: expected obs to be a tensor, got {type(value).__name__}")
+            raise ModelError(
+                f"observed site {name!r}: expected obs to be a tensor, got {type(value).__name__}: "
+                "use torch.as_tensor(obs)"
+            )
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ModelError(
                 f"observed site {name!r} contains NaN. A mask does not keep NaN out of the gradient: put "
