@@ -242,6 +242,7 @@ _y = torch.tensor(0.3)
 CASES: dict[str, Case] = {
     "one flow": Case(one_flow, (_y,)),
     "one flow, many data": Case(one_flow, (_data(4),)),
+    "one flow, a datum in float64": Case(one_flow, (_y.double(),)),
     "flows in a plate": Case(flows_in_a_plate, (_data(4),)),
     "schools": Case(schools, (_data(5),), kwargs={"sigma": torch.tensor([1.0, 0.5, 2.0, 1.0, 0.3])}),
     "data in float64": Case(schools, (_data(5).double(), torch.ones(5).double())),

@@ -444,6 +444,16 @@ def missing(y):
     pyro.sample("y", dist.Normal(x, 1.0), obs=y * torch.nan)
 
 
+def no_tensor(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, 1.0), obs=float(y))
+
+
+def sometimes_invalid(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(0.0, x), obs=y)
+
+
 def nan_gradient(y):
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
     pyro.factor("f", torch.where(x.abs() >= 0, x, torch.sqrt(-1 - x**2)))
@@ -477,6 +487,8 @@ def changing(y):
         (always_nan, "'f' is NaN"),
         (never, "'f' is -inf"),
         (missing, "'y' contains NaN"),
+        (no_tensor, r"'y': expected obs to be a tensor, got float: use torch.as_tensor\(obs\)"),
+        (sometimes_invalid, r"at some prior draws the model is invalid: .*scale.*enable_validation\(False\)"),
         (nan_gradient, "gradient with respect to site 'x'"),
         (twice, "two sites named 'x'"),
         (a_delta, "'x' is a Delta"),
@@ -484,8 +496,14 @@ def changing(y):
     ],
 )
 def test_bad_models_are_refused(model, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"(?s){message}"):
         BatchedModel(model, (torch.tensor(0.3),))
+
+
+def test_invalid_parameters_count_as_impossible_where_validation_is_off():
+    with pyro.validation_enabled(False):
+        batched = BatchedModel(sometimes_invalid, (torch.tensor(0.3),))
+    assert torch.isfinite(batched(torch.tensor([[1.0], [-1.0]]))[1]).tolist() == [True, False]
 
 
 def test_wrong_arguments():

@@ -36,7 +36,9 @@ def test_the_guide_is_used_for_the_slice_and_the_fine_density_once():
 
 
 def test_other_priors_are_refused():
+    problem = two_modes()
     with pytest.raises(ValueError, match="flow prior or a standard normal one"):
-        MCMC(EllipticalSlice(two_modes()), 5, 5, 8, init="prior", seed=1, progress=False).run()
+        MCMC(EllipticalSlice(problem), 5, 5, 8, seed=1, progress=False).run()
+    assert problem.values == 0  # said before any work is done
     with pytest.raises(TypeError, match="EllipticalSlice expects a Pyro model"):
         EllipticalSlice(3)

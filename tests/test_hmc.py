@@ -279,6 +279,7 @@ def test_divergences_are_counted():
         ({"target_accept": 1.0}, "target_accept must be a number strictly between 0 and 1"),
         ({"max_steps": 0}, "max_steps must be an integer of at least 1"),
         ({"jumps": "yes"}, "jumps must be one of"),
+        ({"level": 0}, "level must be .* got 0"),
     ],
 )
 def test_bad_options(options, message):

@@ -293,6 +293,24 @@ def test_a_model_that_fails_on_the_way_keeps_the_draws_made(how, message):
     assert 10 < mcmc.get_samples(group_by_chain=True)["q"].shape[1] < 50
 
 
+def test_draws_are_kept_by_a_model_that_fails_for_good():
+    calls = []
+
+    def model(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        calls.append(1)
+        if len(calls) > 200:
+            raise OSError("the simulator is gone")
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    mcmc = MCMC(HMC(model), 500, 2, 4, init="prior", seed=1, progress=False)
+    with pytest.raises(RuntimeError, match="failed in sampling"):
+        mcmc.run(torch.tensor(0.3))
+    with pytest.raises(RuntimeError, match=r"the simulator is gone\); the unconstrained draws are kept: positions\(\)"):
+        mcmc.get_samples()
+    assert mcmc.positions().shape[1] > 2
+
+
 def test_a_failure_in_warm_up_leaves_nothing():
     mcmc = failing_run(5, ValueError("early"))
     with pytest.raises(RuntimeError, match="failed in warm-up"):
@@ -309,7 +327,8 @@ def test_a_failure_in_warm_up_leaves_nothing():
         ({"num_samples": 1.5}, "num_samples must be an integer"),
         ({"num_chains": True}, "num_chains must be an integer"),
         ({"warmup_steps": -1}, "warmup_steps must be an integer of at least 0"),
-        ({"init": "random"}, "init must be one of 'smc', 'prior'"),
+        ({"init": "random"}, "init must be 'smc', 'prior' or a dictionary .* got 'random'"),
+        ({"batching": "pmap"}, "batching must be one of"),
         ({"smc_particles": 2}, "smc_particles"),
         ({"batch_size": -1}, "batch_size"),
         ({"seed": "x"}, "seed"),

@@ -255,6 +255,16 @@ def test_a_model_that_fails_on_the_way():
         SMC(Broken(later), 64, seed=1, progress=False).run()
 
 
+def test_data_in_other_units_are_warned_of():
+    def far(q):
+        if q.requires_grad:
+            raise OSError("enough")
+        return -1e9 * (q[:, 0] - 1000).square()
+
+    with pytest.warns(UserWarning, match="first inverse temperature .* same units"), pytest.raises(RuntimeError):
+        SMC(Broken(far), 64, seed=1, progress=False).run()
+
+
 def test_partly_undefined_likelihoods_count_as_impossible():
     def half(q):
         return torch.where(q[:, 0] > 0, -0.5 * (q[:, 0] - 1) ** 2, torch.nan)
@@ -276,6 +286,8 @@ def test_partly_undefined_likelihoods_count_as_impossible():
         ({"max_moves": 0}, "max_moves"),
         ({"seed": -3}, "seed must be an integer of at least 0"),
         ({"batch_size": 0}, "batch_size"),
+        ({"batching": "pmap"}, "batching must be one of 'plate', 'vmap', 'loop', None; got 'pmap'"),
+        ({"level": "rough"}, "level must be 'fine', 'coarse', a positive number of solver steps"),
     ],
 )
 def test_bad_options(options, message):

@@ -40,3 +40,10 @@ def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
     if not any(value is choice or (type(value) is type(choice) and value == choice) for choice in choices):
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
+def check_level(level: object) -> None:
+    """Raises ``ValueError`` unless ``level`` is a fidelity, a positive number of solver steps, or ``None``."""
+    named = level is None or level == "fine" or level == "coarse"
+    if not named and (isinstance(level, bool) or not isinstance(level, int) or level < 1):
+        raise ValueError(f"level must be 'fine', 'coarse', a positive number of solver steps, or None; got {level!r}")

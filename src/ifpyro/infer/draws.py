@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ifpyro.fidelity import fidelity
 from ifpyro.infer import diagnostics
-from ifpyro.infer.arguments import check_count
+from ifpyro.infer.arguments import check_choice, check_count
 from ifpyro.infer.density import BatchedDensity
 
 SITE_ROWS = 4096
@@ -42,6 +42,7 @@ class Draws:
     ) -> None:
         self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
         self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        check_choice("batching", batching, ("plate", "vmap", "loop", None))
         self._batching = batching
         self._progress = progress
         self._stats = {}
@@ -55,7 +56,7 @@ class Draws:
                 *shape)``.
 
         Raises:
-            RuntimeError: if there are no draws.
+            RuntimeError: if there are no draws, or the model fails when it is run at them.
         """
         positions = self.positions()
         chains, draws, dim = positions.shape
@@ -110,6 +111,12 @@ class Draws:
 
     def _sites(self, q: Tensor) -> dict[str, Tensor]:
         assert self._density is not None
-        with torch.no_grad(), fidelity("fine"):
-            parts = [self._density.sites(chunk) for chunk in q.split(self._batch_size or SITE_ROWS)]
+        try:
+            with torch.no_grad(), fidelity("fine"):
+                parts = [self._density.sites(chunk) for chunk in q.split(self._batch_size or SITE_ROWS)]
+        except Exception as error:
+            raise RuntimeError(
+                "sites are computed by running the model at the draws, and the model failed there "
+                f"({type(error).__name__}: {error}); the unconstrained draws are kept: positions()"
+            ) from error
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

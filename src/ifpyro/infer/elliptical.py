@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ifpyro.fidelity import Level
+from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.kernel import SHORT, Kernel, Stats
 from ifpyro.infer.smc import SMC
 from ifpyro.infer.target import Target, Value, pad_rows
@@ -58,17 +59,20 @@ class EllipticalSlice(Kernel[SliceState]):
     def __init__(self, model: Any, *, level: Level | None = None) -> None:
         super().__init__(model, level)
 
-    def begin(
-        self, target: Target, q: Tensor, generator: torch.Generator, warmup_steps: int, particles: SMC | None
-    ) -> SliceState:
-        """See `Kernel.begin`."""
-        if not target.density.gaussian_prior:
+    def check(self, density: BatchedDensity) -> None:
+        """See `Kernel.check`."""
+        if not density.gaussian_prior:
             raise ValueError(
                 "EllipticalSlice expects every latent site to have a flow prior or a standard normal one; "
                 "this model has another prior: use HMC or SMC"
             )
-        if target.families > 1:  # its chains are evaluated in changing subsets
+        if getattr(density, "families", 1) > 1:  # its chains are evaluated in changing subsets
             raise ValueError("EllipticalSlice takes one data set at a time; HMC and SMC take many")
+
+    def begin(
+        self, target: Target, q: Tensor, generator: torch.Generator, warmup_steps: int, particles: SMC | None
+    ) -> SliceState:
+        """See `Kernel.begin`."""
         self._target, self._generator = target, generator
         self._half = warmup_steps // 2 if warmup_steps >= SHORT else -1
         return self._place(q, self.settle(target, q, warmup_steps, particles))

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from ifpyro.fidelity import Level
+from ifpyro.infer.arguments import check_level
+from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.resolve import check_model
 from ifpyro.infer.smc import SMC
 from ifpyro.infer.target import Target, Value
@@ -30,12 +32,17 @@ class Kernel(ABC, Generic[S]):
 
     Raises:
         TypeError: if ``model`` is not callable.
+        ValueError: for a level that there is not.
     """
 
     def __init__(self, model: Any, level: Level | None) -> None:
         check_model(model, type(self).__name__)
+        check_level(level)
         self.model = model
         self.level = level
+
+    def check(self, density: BatchedDensity) -> None:
+        """Raises ``ValueError`` for a density that the kernel cannot sample; asked before any work is done."""
 
     @abstractmethod
     def begin(

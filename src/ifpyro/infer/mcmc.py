@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ifpyro.infer.arguments import check_choice, check_count
+from ifpyro.infer.arguments import check_count
 from ifpyro.infer.draws import Draws
 from ifpyro.infer.kernel import Kernel, Stats
 from ifpyro.infer.resolve import check_start, new_generator, possible_prior_draws, resolve_density
@@ -68,8 +68,8 @@ class MCMC(Draws):
         self.num_samples = check_count("num_samples", num_samples, 1)
         self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
         self.num_chains = check_count("num_chains", num_chains, 1)
-        if not isinstance(init, Mapping):
-            check_choice("init", init, ("smc", "prior", "a dictionary of values"))
+        if not isinstance(init, Mapping) and init not in ("smc", "prior"):
+            raise ValueError(f"init must be 'smc', 'prior' or a dictionary of every latent site's values; got {init!r}")
         self.init = init
         self.smc_particles = check_count("smc_particles", smc_particles, 2 * ISLANDS)
         super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress)
@@ -93,6 +93,7 @@ class MCMC(Draws):
         density = resolve_density(
             self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
         )
+        self.kernel.check(density)
         self._density = density
         generator = new_generator(density, self.seed)
         target = Target(density, self._batch_size, self.kernel.level)

@@ -13,6 +13,7 @@ size): the spread of their evidences is an honest standard error, and islands se
 """
 
 import math
+import warnings
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ifpyro.fidelity import Level
-from ifpyro.infer.arguments import check_count, check_fraction
+from ifpyro.infer.arguments import check_count, check_fraction, check_level
 from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.diagnostics import pareto_k
 from ifpyro.infer.draws import Draws
@@ -29,6 +30,9 @@ from ifpyro.infer.moves import Moved, Mover, Stage
 from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
 from ifpyro.infer.target import LOOSE, Target, Value
 from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
+
+FAR = 1e-7
+"""First inverse temperature below which the user is warned."""
 
 
 class Tuning(NamedTuple):
@@ -109,6 +113,7 @@ class SMC(Draws):
         self.max_moves = check_count("max_moves", max_moves, 1)
         self.target_accept = check_fraction("target_accept", target_accept)
         self.max_steps = check_count("max_steps", max_steps, 1)
+        check_level(level)
         self.level = level
         super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress)
 
@@ -162,6 +167,12 @@ class SMC(Draws):
                 floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / self.num_particles
                 if beta == 0.0 and beta_next == 1.0 and families == 1:
                     self.pareto_k = pareto_k(log_weight.flatten())
+                if beta == 0.0 and beta_next < FAR:
+                    warnings.warn(
+                        f"the first inverse temperature is {beta_next:.1g}, many will follow: the data are far from "
+                        "the prior's draws, or the likelihood is very narrow. Are data and prior in the same units?",
+                        stacklevel=3,
+                    )
                 weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
                 metric = cross_fitted_metric(q, weight, groups, families)
                 index = systematic_resample(log_weight, generator)
