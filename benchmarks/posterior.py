@@ -1,6 +1,6 @@
 """Posteriors through a flow, one core, one run: effective draws per second beside Pyro's NUTS on the same fine map.
 
-    python benchmarks/posterior.py [--only moons scurve digits gradient] [--quick] [--nuts-seconds 180]
+    python benchmarks/posterior.py [--only moons scurve digits gradient] [--quick] [--nuts-seconds 300]
 
 Problems: moons with the second coordinate observed (sd 0.2), the S-curve with two of three coordinates observed (sd
 0.1; both in standardised units), and an 8x8 digit whose upper half is observed (sd 0.1, pixels in [0, 1]).
@@ -11,8 +11,9 @@ R-hat (islands are the chains of SMC; one chain is split in halves), and the err
 distribution functions of the draws and those of prior draws weighted by the likelihood, which in two and three
 dimensions are an independent reference. A sampler that never found a mode has an error, whatever its ESS says.
 
-Flows are trained once and kept in ``benchmarks/.cache``. Tables are printed, and appended to
-``benchmarks/posterior.md``.
+Pyro's NUTS runs one chain until its time is up, warm-up included. All seeds are 0 (training, splits, samplers) unless a
+table says otherwise. Flows are trained once and kept in ``benchmarks/.cache``. Tables are printed, and replace those of
+the same sections in ``benchmarks/posterior.md``; ``--quick`` writes nothing.
 """
 
 import argparse
@@ -38,8 +39,10 @@ from ifpyro import demo
 from ifpyro.infer.batch import BatchedModel
 from ifpyro.infer.density import log_density_and_grad
 from ifpyro.infer.diagnostics import convergence
+from results import machine, write_section
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "posterior.md"
 CHAINS = 64
 
 
@@ -59,7 +62,6 @@ class Sizes(NamedTuple):
     warmup: int
     draws: int
     nuts_warmup: int
-    nuts_draws: int
 
 
 def main() -> None:
@@ -67,21 +69,15 @@ def main() -> None:
     everything = [*PROBLEMS, "gradient"]
     parser.add_argument("--only", nargs="*", default=everything, choices=everything)
     parser.add_argument("--quick", action="store_true", help="a tenth of the draws and barely trained flows")
-    parser.add_argument("--nuts-seconds", type=float, default=180.0, help="most seconds for Pyro's NUTS per problem")
+    parser.add_argument("--nuts-seconds", type=float, default=300.0, help="seconds for Pyro's NUTS per problem")
     options = parser.parse_args()
     torch.set_num_threads(1)
     nuts_seconds = 15.0 if options.quick else options.nuts_seconds
     for name in options.only:
-        if name == "gradient":
-            report(gradients(options.quick))
-        else:
-            report(TABLES[name](options.quick, nuts_seconds))
-
-
-def report(lines: list[str]) -> None:
-    """Append a section to the results file (each line was printed when it was known)."""
-    with (HERE / "posterior.md").open("a") as file:
-        file.write("\n".join([*lines, "", ""]))
+        lines = gradients(options.quick) if name == "gradient" else TABLES[name](options.quick, nuts_seconds)
+        show(lines, f"\nSeed 0; {machine('pyro-ppl', 'arviz')}")
+        if not options.quick:
+            write_section(RESULTS, name, lines)
 
 
 def show(lines: list[str], line: str) -> None:
@@ -194,7 +190,7 @@ def run_nuts(problem: Problem, sizes: Sizes, seconds: float, seed: int = 0) -> R
     pyro.set_rng_seed(seed)
     mcmc = PyroMCMC(
         NUTS(ifpyro.reparam(problem.model)),
-        num_samples=sizes.nuts_draws,
+        num_samples=1_000_000,  # until time is up
         warmup_steps=sizes.nuts_warmup,
         hook_fn=hook,
         disable_progbar=True,
@@ -207,7 +203,7 @@ def run_nuts(problem: Problem, sizes: Sizes, seconds: float, seed: int = 0) -> R
 
 # -- figures ---------------------------------------------------------------------------------------------------------
 
-HEADER = "| sampler | draws | seconds | ESS | ESS/s | R-hat | error |\n|---|---|---|---|---|---|---|"
+COLUMNS = "| sampler | draws | seconds | ESS | ESS/s | R-hat | error |\n|---|---|---|---|---|---|---|"
 
 
 def row(label: str, result: Result, reference: tuple[Tensor, Tensor] | None) -> str:
@@ -247,12 +243,12 @@ def cdf_gap(draws: Tensor, reference: Tensor, weight: Tensor) -> float:
 def plane_table(name: str, title: str, quick: bool, nuts_seconds: float) -> list[str]:
     """A problem of few dimensions, with a reference."""
     problem, lines = PROBLEMS[name](quick), []
-    sizes = Sizes(1024, 30, 30, 20, 50) if quick else Sizes(2048, 60, 100, 150, 300)
+    sizes = Sizes(1024, 30, 30, 20) if quick else Sizes(2048, 60, 100, 150)
     reference = reference_draws(problem, 100_000 if quick else 400_000)
     size = float(1 / reference[1].square().sum())
     log_evidence = float(problem.likelihood(reference[0]).double().exp().mean().log())
     show(lines, f"### {title}\n")
-    show(lines, f"Reference: {len(reference[0]):,} weighted prior draws, effectively {size:,.0f}.\n\n{HEADER}")
+    show(lines, f"Reference: {len(reference[0]):,} weighted prior draws, effectively {size:,.0f}.\n\n{COLUMNS}")
     results = {}
     for label, run in ENGINES.items():
         results[label] = run(problem, sizes)
@@ -269,8 +265,8 @@ def plane_table(name: str, title: str, quick: bool, nuts_seconds: float) -> list
 
 def digits_table(quick: bool, nuts_seconds: float) -> list[str]:
     problem, lines = digits(quick), []
-    sizes = Sizes(256, 20, 20, 20, 50) if quick else Sizes(1024, 60, 100, 150, 300)
-    show(lines, f"### Digits: upper half of 8x8 pixels observed, sd 0.1\n\n{HEADER}")
+    sizes = Sizes(256, 20, 20, 20) if quick else Sizes(1024, 60, 100, 150)
+    show(lines, f"### Digits: upper half of 8x8 pixels observed, sd 0.1\n\n{COLUMNS}")
     results = {}
     for label, run in ENGINES.items():
         results[label] = run(problem, sizes)
