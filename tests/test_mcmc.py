@@ -41,6 +41,7 @@ def test_conjugate_gaussian_model(engine):
     exact = GaussianMixture([1.0], torch.zeros(1, 3), torch.eye(3)[None], torch.ones(3, 3), y, 0.5)
     run = sample(engine, model, y)
     assert_exact(exact, run.get_samples(group_by_chain=True)["z"])
+    assert run.attributes["batching"] == "plate"
     if engine == "smc":
         assert abs(run.log_evidence - exact.log_evidence) < 3 * run.log_evidence_se
 

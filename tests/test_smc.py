@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -293,6 +294,11 @@ def test_partly_undefined_likelihoods_count_as_impossible():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         SMC(conjugate(), **options)
+
+
+def test_numbers_of_numpy():
+    smc = SMC(conjugate(), np.int64(64), num_islands=np.int32(2), ess_threshold=np.float32(0.25))
+    assert (smc.num_particles, smc.num_islands, smc.ess_threshold) == (64, 2, 0.25)
 
 
 def test_misuse():

@@ -1,6 +1,7 @@
 """Checks of user arguments: every message says what was expected and what came."""
 
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 
 def check_count(name: str, value: object, minimum: int) -> int:
@@ -9,9 +10,9 @@ def check_count(name: str, value: object, minimum: int) -> int:
     Raises:
         ValueError: if it is not an integer, or too small.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
-    return value
+    return int(value)
 
 
 def check_fraction(name: str, value: object) -> float:
@@ -20,7 +21,7 @@ def check_fraction(name: str, value: object) -> float:
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < 1.0:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < 1.0:
         raise ValueError(f"{name} must be a number strictly between 0 and 1, got {value!r}")
     return float(value)
 
@@ -31,7 +32,7 @@ def check_positive(name: str, value: object) -> float:
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < float("inf"):
         raise ValueError(f"{name} must be a positive number, got {value!r}")
     return float(value)
 

@@ -26,7 +26,7 @@ class Draws:
     model_kwargs: dict[str, Any]
     """Keyword arguments of the last run."""
     attributes: dict[str, Any]
-    """Scalar facts about the run (seed, temperatures, evidence, ...), for the ``attrs`` of an ArviZ group."""
+    """Scalar facts about the run (seed, batching, temperatures, evidence, ...), for the ``attrs`` of an ArviZ group."""
 
     _density: BatchedDensity | None = None
     _positions: Tensor | None = None
@@ -108,6 +108,11 @@ class Draws:
             RuntimeError: if there are no draws.
         """
         return diagnostics.summary(self.get_samples(group_by_chain=True), **options)
+
+    def _note_batching(self) -> None:
+        """Report how the model was evaluated, in `attributes`; a density that is no Pyro model does not say."""
+        if (batching := getattr(self._density, "batching", None)) is not None:
+            self.attributes["batching"] = batching
 
     def _sites(self, q: Tensor) -> dict[str, Tensor]:
         assert self._density is not None

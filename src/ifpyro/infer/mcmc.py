@@ -179,6 +179,7 @@ class MCMC(Draws):
         self._positions = torch.stack(draws[:done], 1)
         self._stats = {name: torch.stack([now[name] for now in stats[:done]], 1) for name in stats[0]}
         self.attributes.update(self.kernel.report())
+        self._note_batching()
         self.attributes.update(warmup_steps=self.warmup_steps, divergences=int(self._stats["diverging"].sum()))
 
 

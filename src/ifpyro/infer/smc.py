@@ -99,6 +99,7 @@ class SMC(Draws):
         self.model = model
         self.num_particles = check_count("num_particles", num_particles, 2)
         self.num_islands = check_count("num_islands", num_islands, 1)
+        num_particles, num_islands = self.num_particles, self.num_islands
         if num_particles % num_islands or num_particles < 2 * num_islands:
             raise ValueError(
                 "num_particles must be a multiple of num_islands with at least 2 each, "
@@ -251,6 +252,7 @@ class SMC(Draws):
             "temperatures": [stage.beta for stage in self.stages],
             "guide_level": str(self.tuning.level),
         }
+        self._note_batching()
         if self.pareto_k is not None:
             self.attributes["pareto_k"] = self.pareto_k
 
