@@ -138,10 +138,18 @@ PEERS: dict[str, Callable[[int], nn.Module]] = {
 
 
 def train(make: Callable[[int], nn.Module], parts: tuple[Tensor, ...], seconds: float, seed: int) -> float:
-    """Train for so many processor seconds, and score the best validated weights."""
-    train_rows, validation, test = parts
+    """The mean held-out log-likelihood after so many processor seconds of training."""
     torch.manual_seed(seed)
-    flow = make(train_rows.shape[1])
+    flow = train_flow(make(parts[0].shape[1]), parts[:2], seconds, seed)
+    for module in flow.modules():
+        if isinstance(module, zuko.flows.continuous.FFJTransform):
+            module.exact = True
+    return float(scores(lambda x: flow().log_prob(x), parts[2]).mean())
+
+
+def train_flow(flow: nn.Module, parts: tuple[Tensor, ...], seconds: float, seed: int) -> nn.Module:
+    """Train a peer for so many processor seconds; it returns with the weights that validated best."""
+    train_rows, validation = parts
     optimiser = torch.optim.AdamW(flow.parameters(), lr=1e-3, weight_decay=1e-4)
     batch = 64 if len(train_rows) < 5000 else 512
     generator = torch.Generator().manual_seed(seed)
@@ -169,10 +177,7 @@ def train(make: Callable[[int], nn.Module], parts: tuple[Tensor, ...], seconds: 
             elif checked - began - improved > seconds / 4:
                 break
     flow.load_state_dict(state)
-    for module in flow.modules():
-        if isinstance(module, zuko.flows.continuous.FFJTransform):
-            module.exact = True
-    return float(scores(lambda x: flow().log_prob(x), test).mean())
+    return flow
 
 
 def scores(log_prob: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

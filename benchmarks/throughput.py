@@ -1,24 +1,27 @@
-"""What one call costs, beside the least it can cost: the network passes alone.
+"""What one call costs, beside the least it can cost (the network passes alone), and beside zuko's CNF.
 
-    python benchmarks/throughput.py [--quick]
+    python benchmarks/throughput.py [--only limits options cnf] [--quick]
 
-A flow is a number of network passes with a little arithmetic in between. For dimensions from 2 to 3072, this prints the
-milliseconds of one decode, encode, log-density and gradient, and three machine-independent figures:
+*limits*. A flow is a number of network passes with a little arithmetic in between. For dimensions from 2 to 3072, this
+prints the milliseconds of one decode, encode, log-density and gradient, and three machine-independent figures:
 
 * *decode / limit*: a decode over its network forward passes alone, run on rows of the same shape (goal: 1.15);
 * *gradient / limit*: the gradient of a sum over decoded data with respect to the latent, over the forward and backward
   passes of the same networks chained without the flow's arithmetic (goal: 1.3);
 * *saved*: bytes that autograd keeps for the gradient, per row.
 
-Networks have random weights: nothing here depends on training.
-Ratios are medians over interleaved repeats in one process, on one core.
+*options*. What ``flow.compile()`` and ``flow.gradient_checkpointing`` change, the seconds of compilation included.
+*cnf*. Decode, gradient and log-density of a trained flow and of a zuko CNF (which solves adaptively), on moons.
+
+In the first two parts networks have random weights: nothing there depends on training. Ratios are medians over
+interleaved repeats in one process, on one core.
 """
 
 import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -28,6 +31,7 @@ import ifpyro
 from ifpyro.basis import Basis
 from ifpyro.ode import Grid
 from ifpyro.velocity import MLP
+from results import RESULTS, machine, write_section
 
 WIDTHS = {2: 128, 16: 256, 64: 256, 784: 512, 3072: 1024}
 LOG_DENSITY_UP_TO = 64  # dimensions: above, an exact Jacobian a stage is not what anybody would ask for
@@ -47,12 +51,24 @@ class Cost(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="three small cases")
+    parser.add_argument("--only", nargs="*", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument("--quick", action="store_true", help="few small cases, nothing written")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print(HEADER)
-    for dim, rows, steps in cases(options.quick):
-        print(line(dim, rows, steps, measure(dim, rows, steps, repeats=5 if options.quick else 9)), flush=True)
+    for name in options.only:
+        lines = []
+        for text in PARTS[name](options.quick):
+            print(text, flush=True)
+            lines.append(text)
+        lines.append(f"\n`python benchmarks/throughput.py --only {name}`; {machine('zuko')}")
+        if not options.quick:
+            write_section(RESULTS, f"throughput-{name}", lines)
+
+
+def limits(quick: bool) -> Iterator[str]:
+    yield f"## Throughput: calls beside bare network passes\n\n{HEADER}"
+    for dim, rows, steps in cases(quick):
+        yield line(dim, rows, steps, measure(dim, rows, steps, repeats=5 if quick else 9))
 
 
 def cases(quick: bool) -> list[tuple[int, int, int]]:
@@ -98,52 +114,146 @@ def measure(dim: int, rows: int, steps: int, repeats: int) -> Cost:
             y = flow.velocity(y, embedding)
         return y
 
-    def without_graph(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        def work() -> None:
-            with torch.no_grad():
-                function(z)
-
-        return work
-
-    def gradient(function: Callable[[Tensor], Tensor]) -> Callable[[], None]:
-        def work() -> None:
-            leaf = z.clone().requires_grad_(True)
-            torch.autograd.grad(function(leaf).sum(), leaf)
-
-        return work
-
     with torch.no_grad():
         x = flow.decode(z)
-    jobs = {
-        "decode": without_graph(flow.decode),
-        "forward": without_graph(passes),
-        "gradient": gradient(flow.decode),
-        "both": gradient(passes),
+    jobs: dict[str, Callable[[], object]] = {
+        "decode": _without_graph(flow.decode, z),
+        "forward": _without_graph(passes, z),
+        "gradient": lambda: _gradient(flow, z),
+        "both": lambda: _gradient_of(passes, z),
         "encode": lambda: flow.encode(x),
     }
     if dim <= LOG_DENSITY_UP_TO:
         jobs["log_prob"] = lambda: flow.log_prob(x)
-    seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat in range(repeats + 1):
-        for name, job in jobs.items():
-            start = time.perf_counter()
-            job()
-            if repeat:  # the first round warms up
-                seconds[name].append(time.perf_counter() - start)
-
-    def ratio(a: str, b: str) -> float:
-        return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
-
+    seconds = interleaved(jobs, repeats)
     ms = {name: 1000 * statistics.median(values) for name, values in seconds.items()}
     return Cost(
         ms["decode"],
         ms["encode"],
         ms.get("log_prob", math.nan),
         ms["gradient"],
-        ratio("decode", "forward"),
-        ratio("gradient", "both"),
-        saved_bytes(gradient(flow.decode), list(flow.velocity.parameters())),
+        _ratio(seconds, "decode", "forward"),
+        _ratio(seconds, "gradient", "both"),
+        saved_bytes(lambda: _gradient(flow, z), list(flow.velocity.parameters())),
     )
+
+
+def options(quick: bool) -> Iterator[str]:
+    yield "## Throughput: compiled, and checkpointed\n"
+    yield (
+        "| D | rows | evaluations | compilation, s | decode: compiled / eager | gradient: compiled / eager "
+        "| checkpointed gradient / plain, time | bytes kept |\n" + "|---" * 8 + "|"
+    )
+    for dim in (2, 64) if quick else (2, 16, 64, 784):
+        flow, compiled = random_flow(dim, 8), random_flow(dim, 8)
+        took = compiled.compile()
+        for rows in (64, 1024):
+            decode, gradient = compiled_over_eager(flow, compiled, rows)
+            slower, memory = gradient_saving(dim, rows, 8)
+            costs = f"{decode:.2f} | {gradient:.2f} | {slower:.2f} | {memory:.3f}"
+            yield f"| {dim} | {rows} | {flow.grid.evaluations} | {took:.0f} | {costs} |"
+    yield "\nBytes kept by the checkpointed gradient, D = 64, 256 rows, over the plain one's, by number of steps: "
+    yield ", ".join(f"{steps}: {gradient_saving(64, 256, steps, repeats=1)[1]:.3f}" for steps in (4, 16, 64)) + "."
+
+
+def compiled_over_eager(
+    flow: ifpyro.InflationaryFlow, compiled: ifpyro.InflationaryFlow, rows: int
+) -> tuple[float, float]:
+    """Ratios of seconds, of a decode and of its gradient, once their results are seen to agree."""
+    z = torch.randn(rows, flow.latent_dim, generator=torch.Generator().manual_seed(0))
+    difference = float((flow.decode(z) - compiled.decode(z)).abs().max())
+    if not difference < 1e-4:
+        raise RuntimeError(f"compiled and eager decodes differ by {difference}")
+    decode = {"eager": lambda: _decode(flow, z), "compiled": lambda: _decode(compiled, z)}
+    gradient = {"eager": lambda: _gradient(flow, z), "compiled": lambda: _gradient(compiled, z)}
+    first, second = (_ratio(interleaved(jobs, 9), "compiled", "eager") for jobs in (decode, gradient))
+    return first, second
+
+
+def gradient_saving(dim: int, rows: int, steps: int, repeats: int = 9) -> tuple[float, float]:
+    """Seconds, and bytes kept for the backward pass, of a checkpointed gradient over those of a plain one."""
+    plain, checkpointed = random_flow(dim, steps), random_flow(dim, steps)
+    checkpointed.gradient_checkpointing = True
+    z = torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
+    jobs = {"plain": lambda: _gradient(plain, z), "checkpointed": lambda: _gradient(checkpointed, z)}
+    kept = [saved_bytes(jobs[n], list(f.parameters())) for n, f in (("checkpointed", checkpointed), ("plain", plain))]
+    return _ratio(interleaved(jobs, repeats), "checkpointed", "plain"), kept[0] / kept[1]
+
+
+def cnf(quick: bool) -> Iterator[str]:
+    """Both are trained for the same processor seconds; their errors are printed beside the costs."""
+    from peers_density import PEERS, scores, train_flow
+
+    toy = ifpyro.datasets.moons(0.05).unit_variance()
+    x, test = toy.sample(20_000, seed=0), toy.sample(4_000, seed=1)
+    seconds = 3.0 if quick else 30.0
+    flow = ifpyro.fit(x, seed=0, max_seconds=seconds, progress=False)
+    torch.manual_seed(0)
+    peer = train_flow(PEERS["zuko CNF"](2), (x[:18_000], x[18_000:]), seconds, 0).requires_grad_(False)
+    exact = float(toy.log_prob(test).mean())
+    z, rows = torch.randn(1024, 2, generator=torch.Generator().manual_seed(0)), test[:1024]
+    transform = peer().transform
+    yield f"## Throughput: beside zuko's CNF, moons, both trained for {seconds:.0f} s; milliseconds for 1,024 rows\n"
+    yield "| model | nats below exact | round trip | decode | gradient | log-density |\n" + "|---" * 6 + "|"
+    models = {
+        "ifpyro": (flow.decode, flow.encode, flow.log_prob),
+        "zuko CNF": (transform.inv, transform, lambda x: peer().log_prob(x)),
+    }
+    for label, (decode, encode, log_prob) in models.items():
+        gap = exact - float(scores(log_prob, test).mean())
+        with torch.no_grad():
+            error = float((decode(encode(rows)) - rows).square().mean().sqrt())
+        jobs = {
+            "decode": _without_graph(decode, z),
+            "gradient": lambda decode=decode: _gradient_of(decode, z),
+            "log_prob": _without_graph(log_prob, rows),
+        }
+        ms = {name: 1000 * statistics.median(t) for name, t in interleaved(jobs, 5).items()}
+        yield f"| {label} | {gap:.4f} | {error:.1e} | " + " | ".join(f"{v:.1f}" for v in ms.values()) + " |"
+
+
+PARTS: dict[str, Callable[[bool], Iterator[str]]] = {"limits": limits, "options": options, "cnf": cnf}
+
+
+# -- timing ------------------------------------------------------------------------------------------------------------
+
+
+def interleaved(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+    """Processor seconds of every job, one after another in every round; the first round warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in jobs}
+    for repeat in range(repeats + 1):
+        for name, job in jobs.items():
+            start = time.process_time()
+            job()
+            if repeat:
+                seconds[name].append(time.process_time() - start)
+    return seconds
+
+
+def _ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
+    return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
+
+
+def _decode(flow: ifpyro.InflationaryFlow, z: Tensor) -> None:
+    with torch.no_grad():
+        flow.decode(z)
+
+
+def _without_graph(function: Callable[[Tensor], Tensor], value: Tensor) -> Callable[[], None]:
+    def work() -> None:
+        with torch.no_grad():
+            function(value)
+
+    return work
+
+
+def _gradient(flow: ifpyro.InflationaryFlow, z: Tensor) -> None:
+    _gradient_of(flow.decode, z)
+
+
+def _gradient_of(function: Callable[[Tensor], Tensor], z: Tensor) -> None:
+    leaf = z.clone().requires_grad_(True)
+    torch.autograd.grad(function(leaf).sum(), leaf)
 
 
 def saved_bytes(work: Callable[[], None], weights: list[Tensor]) -> int:
