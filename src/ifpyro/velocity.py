@@ -198,13 +198,17 @@ class GaussianMixtureVelocity(Velocity):
         residual = y.unsqueeze(-2) - cos * self.means  # (n, K, D)
         cov = self.covariances
         noised = cos.unsqueeze(-1) * cov * cos.unsqueeze(-2) + torch.diag_embed(sin**2)
+        # What depends on time alone is inverted once for all rows.
         factor = torch.linalg.cholesky(noised)
-        white = torch.linalg.solve_triangular(factor, residual.unsqueeze(-1), upper=False)
-        log_component = -0.5 * white.square().sum((-2, -1)) - factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        responsibility = torch.softmax(self.weights.log() + log_component, -1)
-        solved = torch.linalg.solve_triangular(factor.mT, white, upper=True).squeeze(-1)
+        eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
+        whiten = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)  # (..., K, D, D)
         slope = sin.unsqueeze(-1) * cov * cos.unsqueeze(-2) - torch.diag_embed(cos * sin)
-        component = sin * self.means + (slope @ solved.unsqueeze(-1)).squeeze(-1)
+        gain = slope @ whiten.mT @ whiten
+        rule = "kij,nkj->nki" if embedding.ndim == 1 else "nkij,nkj->nki"
+        white = torch.einsum(rule, whiten, residual)
+        log_component = -0.5 * white.square().sum(-1) + whiten.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        responsibility = torch.softmax(self.weights.log() + log_component, -1)
+        component = sin * self.means + torch.einsum(rule, gain, residual)
         return (responsibility.unsqueeze(-1) * component).sum(-2)
 
 
