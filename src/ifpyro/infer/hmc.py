@@ -44,7 +44,7 @@ class HMC(Kernel[State]):
     """The kernel.
 
     Args:
-        model: the Pyro model.
+        model: the Pyro model; discrete latents that `pyro.infer.config_enumerate` has marked are summed out.
         step_size: leapfrog step in whitened units; tuned if ``None``.
         trajectory_length: mean trajectory length in whitened units; tuned if ``None``.
         criterion: what tunes it: ``"snaper"`` (1 to 1.5 times the ESS per gradient where we measured)

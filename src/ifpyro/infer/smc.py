@@ -47,7 +47,7 @@ class SMC(Draws):
     """Tempered SMC over a Pyro model.
 
     Args:
-        model: the Pyro model.
+        model: the Pyro model; discrete latents that `pyro.infer.config_enumerate` has marked are summed out.
         num_particles: particles in all, split evenly among the islands.
         num_islands: independent samplers in one batch; the standard error of the evidence has ``num_islands -
             1`` degrees of freedom.
