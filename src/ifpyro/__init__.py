@@ -9,6 +9,7 @@ from .fidelity import fidelity
 from .flow import InflationaryFlow
 from .infer import HMC, MCMC, SMC, EllipticalSlice
 from .infer.reparam import reparam
+from .pool import Pool
 from .prior import FlowTransform
 from .schedule import Schedule
 from .storage import load_flow as load
@@ -25,6 +26,7 @@ __all__ = [
     "EllipticalSlice",
     "FlowTransform",
     "InflationaryFlow",
+    "Pool",
     "Schedule",
     "calibration",
     "check",

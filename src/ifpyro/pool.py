@@ -9,6 +9,7 @@ of them must make the same calls in the same order.
 import os
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,9 +33,11 @@ class Pool:
         size: how many there are.
         device: where this process should compute: its own GPU if there is one.
         interrupted: set it, in any process, to end a training of all of them after its current step.
+        broken: whether a process was found to have died; nothing can be exchanged any more.
     """
 
     interrupted = False
+    broken = False
 
     def __init__(self) -> None:
         self.rank, self.size = 0, 1
@@ -89,6 +92,10 @@ class Pool:
         """The part of ``n`` rows that falls to this process; the parts are consecutive and differ by at most one."""
         return slice(self.rank * n // self.size, (self.rank + 1) * n // self.size)
 
+    def blocks(self, x: Tensor, n: int) -> Tensor:
+        """All ``n`` rows, of which every process passes its own part, ``mine(n)``."""
+        return x
+
     def share(self, x: Tensor) -> Tensor:
         """The first process's tensor; all pass one of the same shape and dtype."""
         return x
@@ -96,6 +103,10 @@ class Pool:
     def share_bytes(self, content: bytes) -> bytes:
         """The first process's bytes, whatever the others pass."""
         return content
+
+    def texts(self, text: str) -> list[str]:
+        """What all processes say, in their order."""
+        return [text]
 
     def first_error(self, error: Exception | None) -> None:
         """Raise everywhere what went wrong anywhere: the error of the first process that has one.
@@ -130,12 +141,11 @@ class _Processes(Pool):
     def rows(self, x: Tensor) -> Tensor:
         counts = torch.zeros(self.size, dtype=torch.long, device=x.device)
         counts[self.rank] = len(x)
-        lengths = self.sum(counts).tolist()
-        most = max(lengths)
-        padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])]).contiguous()
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._call(lambda: dist.all_gather(parts, padded))
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return self._gather(x, self.sum(counts).tolist())
+
+    def blocks(self, x: Tensor, n: int) -> Tensor:
+        ends = [rank * n // self.size for rank in range(self.size + 1)]
+        return self._gather(x, [end - start for start, end in pairwise(ends)])
 
     def share(self, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)
@@ -149,8 +159,12 @@ class _Processes(Pool):
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         return self.share(buffer).cpu().numpy().tobytes()
 
+    def texts(self, text: str) -> list[str]:
+        content = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(self._wire)
+        return self.rows(content).cpu().numpy().tobytes().decode().split("\0")[: self.size]
+
     def first_error(self, error: Exception | None) -> None:
-        texts = self._all_bytes("" if error is None else str(error))
+        texts = self.texts("" if error is None else str(error))
         if error is not None:
             raise error
         for rank, text in enumerate(texts):
@@ -165,14 +179,17 @@ class _Processes(Pool):
         """A device whose tensors can travel."""
         return torch.device("cpu") if "gloo" in dist.get_backend_config() else self.device
 
-    def _all_bytes(self, text: str) -> list[str]:
-        content = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(self._wire)
-        return self.rows(content).cpu().numpy().tobytes().decode().split("\0")[: self.size]
+    def _gather(self, x: Tensor, lengths: list[int]) -> Tensor:
+        padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])]).contiguous()
+        parts = [torch.empty_like(padded) for _ in lengths]
+        self._call(lambda: dist.all_gather(parts, padded))
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
 
     def _call(self, collective: Callable[[], Any]) -> None:
         try:
             collective()
         except RuntimeError as error:
+            self.broken = True
             reason = str(error).splitlines()[0]
             raise PoolError(
                 f"process {self.rank} of {self.size} lost touch with the others: one of them has died or failed; its "

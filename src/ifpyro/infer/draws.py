@@ -2,7 +2,8 @@
 them."""
 
 import secrets
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from ifpyro.fidelity import fidelity
 from ifpyro.infer import diagnostics
 from ifpyro.infer.arguments import check_choice, check_count
 from ifpyro.infer.density import BatchedDensity
+from ifpyro.infer.resolve import resolve_density
+from ifpyro.pool import Pool
+from ifpyro.storage import read_tensors, write_tensors
+
+D = TypeVar("D", bound="Draws")
 
 SITE_ROWS = 4096
 """Draws turned into sites at a time, where no batch size is set."""
@@ -39,12 +45,14 @@ class Draws:
         batch_size: int | None,
         batching: Literal["plate", "vmap", "loop"] | None,
         progress: bool,
+        pool: Pool | None = None,
     ) -> None:
         self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
         self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
         check_choice("batching", batching, ("plate", "vmap", "loop", None))
         self._batching = batching
         self._progress = progress
+        self._pool = pool
         self._stats = {}
         self.attributes = {}
 
@@ -71,6 +79,11 @@ class Draws:
         Raises:
             RuntimeError: if there are no draws.
         """
+        if self._pool is not None and self._pool.rank and self._positions is None:
+            raise RuntimeError(
+                f"this is process {self._pool.rank}: the draws of all processes are in the first one; use them where "
+                "pool.rank == 0"
+            )
         if self._positions is None or self._positions.shape[1] == 0:
             raise RuntimeError(f"{type(self).__name__} holds no draws: call run(...) first, and let it finish warm-up")
         return self._positions
@@ -84,6 +97,41 @@ class Draws:
         """
         self.positions()
         return dict(self._stats)
+
+    def save(self, path: str | Path) -> None:
+        """Write the draws and their statistics to a file, atomically; see `restore`.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        tensors = {"positions": self.positions()} | {f"stats.{name}": value for name, value in self._stats.items()}
+        write_tensors(path, tensors, "draws", {"seed": self.seed, "attributes": self.attributes})
+
+    def restore(self: D, path: str | Path, *args: Any, **kwargs: Any) -> D:
+        """Hold the draws of a file, of this model with these arguments, as if they had just been made.
+
+        Returns:
+            itself.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, or its draws are of a model of another dimension.
+        """
+        tensors, header = read_tensors(path, "draws")
+        density = resolve_density(
+            self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
+        )
+        positions = tensors.pop("positions")
+        if positions.shape[-1] != density.dim:
+            raise ValueError(
+                f"the draws in {path} have {positions.shape[-1]} dimensions, this model has {density.dim}; restore "
+                "them into the model and with the arguments that they were drawn from"
+            )
+        self.model_args, self.model_kwargs, self._density = args, kwargs, density
+        self._positions = positions.to(getattr(density, "device", "cpu"))
+        self._stats = {name.removeprefix("stats."): value for name, value in tensors.items()}
+        self.seed, self.attributes = header["seed"], header["attributes"]
+        return self
 
     def diagnostics(self) -> dict[str, Any]:
         """Per site ``{"n_eff": ..., "r_hat": ...}`` (ArviZ), and ``"divergences"``: chain -> indices of

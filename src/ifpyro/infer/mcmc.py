@@ -4,6 +4,7 @@ wrong."""
 import time
 import warnings
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -11,14 +12,20 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ifpyro.infer.arguments import check_count
+from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.draws import Draws
+from ifpyro.infer.everywhere import everywhere
 from ifpyro.infer.kernel import Kernel, Stats
 from ifpyro.infer.resolve import check_start, new_generator, possible_prior_draws, resolve_density
 from ifpyro.infer.smc import SMC
 from ifpyro.infer.target import Target
+from ifpyro.pool import Pool, PoolError
 
 ISLANDS = 4
 """Islands of the SMC pass that finds starting points."""
+
+SAVE_EVERY = 30.0
+"""Seconds between two writings of the draws so far."""
 
 
 class MCMC(Draws):
@@ -37,6 +44,10 @@ class MCMC(Draws):
         batch_size: most chains evaluated at once (bounds memory).
         batching: how to batch the model (see `BatchedModel`); chosen by itself if ``None``.
         progress: show a progress bar.
+        pool: the processes among which the chains are divided, ``Pool.join()`` under ``torchrun``; all of them
+            must make and run the same sampler, and the first one holds the draws.
+        checkpoint: a file to which the draws so far are written about every half minute and at the end, however it
+            comes; `restore` reads it.
 
     Raises:
         ValueError: for arguments out of range.
@@ -56,6 +67,8 @@ class MCMC(Draws):
         batch_size: int | None = None,
         batching: Literal["plate", "vmap", "loop"] | None = None,
         progress: bool = True,
+        pool: Pool | None = None,
+        checkpoint: str | Path | None = None,
     ) -> None:
         if not isinstance(kernel, Kernel):
             hint = "; an SMC runs by itself: SMC(model).run(...)" if isinstance(kernel, SMC) else ""
@@ -72,7 +85,8 @@ class MCMC(Draws):
             raise ValueError(f"init must be 'smc', 'prior' or a dictionary of every latent site's values; got {init!r}")
         self.init = init
         self.smc_particles = check_count("smc_particles", smc_particles, 2 * ISLANDS)
-        super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress)
+        super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
+        self._checkpoint = checkpoint
 
     def run(self, *args: Any, **kwargs: Any) -> "MCMC":
         """Sample the posterior of ``model(*args, **kwargs)``.
@@ -89,11 +103,17 @@ class MCMC(Draws):
         """
         self.model_args, self.model_kwargs = args, kwargs
         self._positions, self._stats, self.attributes = None, {}, {"seed": self.seed}
-        began = time.perf_counter()
         density = resolve_density(
             self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
         )
         self.kernel.check(density)
+        with everywhere(density, self._pool) as shared:
+            if shared is not None:
+                self._run(shared)
+        return self
+
+    def _run(self, density: BatchedDensity) -> None:
+        began = time.perf_counter()
         self._density = density
         generator = new_generator(density, self.seed)
         target = Target(density, self._batch_size, self.kernel.level)
@@ -104,6 +124,7 @@ class MCMC(Draws):
         stats: list[Stats] = []
         total = self.warmup_steps + self.num_samples
         step = divergences = 0
+        saved = time.monotonic()
         try:
             with tqdm(total=total, disable=not self._progress) as bar:
                 for step in range(total):
@@ -114,6 +135,9 @@ class MCMC(Draws):
                     if not warming:
                         draws.append(self.kernel.positions(state))
                         stats.append(now)
+                    if self._checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
+                        self._keep(draws, stats)
+                        saved = time.monotonic()
                     if self._progress:
                         divergences += int(now["diverging"].sum())
                         _show(bar, warming, now, divergences)
@@ -124,15 +148,15 @@ class MCMC(Draws):
         except Exception as error:
             done = min(len(draws), len(stats))
             phase = "warm-up" if step < self.warmup_steps else "sampling"
+            what = "another process" if isinstance(error, PoolError) else "the model"
             raise RuntimeError(
-                f"the model failed in {phase}, transition {step + 1} of {total} "
+                f"{what} failed in {phase}, transition {step + 1} of {total} "
                 f"({type(error).__name__}: {error}); the {done} finished draws of each chain are kept: "
                 "get_samples()"
             ) from error
         finally:
             self._keep(draws, stats)
             self.attributes["sampling_time"] = time.perf_counter() - began
-        return self
 
     def _starts(self, target: Target, generator: torch.Generator) -> tuple[Tensor, SMC | None]:
         """Where the chains start, and the SMC run that found it."""
@@ -181,6 +205,8 @@ class MCMC(Draws):
         self.attributes.update(self.kernel.report())
         self._note_batching()
         self.attributes.update(warmup_steps=self.warmup_steps, divergences=int(self._stats["diverging"].sum()))
+        if self._checkpoint is not None:
+            self.save(self._checkpoint)
 
 
 def _show(bar: Any, warming: bool, stats: Stats, divergences: int) -> None:

@@ -25,11 +25,13 @@ from ifpyro.infer.arguments import check_count, check_fraction, check_level
 from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.diagnostics import pareto_k
 from ifpyro.infer.draws import Draws
+from ifpyro.infer.everywhere import everywhere
 from ifpyro.infer.metric import cross_fitted_metric
 from ifpyro.infer.moves import Moved, Mover, Stage
 from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
 from ifpyro.infer.target import LOOSE, Target, Value
 from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
+from ifpyro.pool import Pool
 
 FAR = 1e-7
 """First inverse temperature below which the user is warned."""
@@ -60,6 +62,8 @@ class SMC(Draws):
         batch_size: most particles evaluated at once (bounds memory).
         batching: how to batch the model (see `BatchedModel`); chosen by itself if ``None``.
         progress: show a progress bar with temperature and evidence.
+        pool: the processes among which the particles are divided, ``Pool.join()`` under ``torchrun``; all of them must
+            make and run the same sampler, and the first one holds the draws.
 
     After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard
     error: the spread over islands, by the delta method, but never less than independent particles would give,
@@ -94,6 +98,7 @@ class SMC(Draws):
         batch_size: int | None = None,
         batching: Literal["plate", "vmap", "loop"] | None = None,
         progress: bool = True,
+        pool: Pool | None = None,
     ) -> None:
         check_model(model, "SMC")
         self.model = model
@@ -116,7 +121,7 @@ class SMC(Draws):
         self.max_steps = check_count("max_steps", max_steps, 1)
         check_level(level)
         self.level = level
-        super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress)
+        super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
 
     def run(self, *args: Any, **kwargs: Any) -> "SMC":
         """Sample the posterior of ``model(*args, **kwargs)``.
@@ -132,7 +137,8 @@ class SMC(Draws):
         density = resolve_density(
             self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
         )
-        return self.run_density(density)
+        with everywhere(density, self._pool) as shared:
+            return self if shared is None else self.run_density(shared)
 
     def run_density(self, density: BatchedDensity, generator: torch.Generator | None = None) -> "SMC":
         """Sample the posterior of a batched density; with many data sets (`ifpyro.infer.many`) all their posteriors,

@@ -150,25 +150,28 @@ class Run:
         noise = torch.randn(recipe.shared, times, rows.dim, dtype=rows.dtype, device=rows.device)[:, mine]
         with self._own_randomness():
             loss = velocity_loss(self.net, data, noise, theta, self.net.embed(t))
-        if not self._all_finite(loss):
-            return False
         self.optimiser.zero_grad()
         loss.backward()
-        self._average_gradients()
+        if not self._agree(loss.detach()):
+            return False
         self.resume_at = None
         self.optimiser.step()
         self.average.update_parameters(self.net)
         return True
 
-    def _all_finite(self, loss: Tensor) -> bool:
-        """Whether the loss is finite in all processes, which also agree on the time and on whether to stop."""
+    def _agree(self, loss: Tensor) -> bool:
+        """Average the gradients of all processes; whether their loss is finite. They also agree on the time, which is
+        that of the first, and on whether to stop."""
         if self.pool.size == 1:
             self._stop = self.pool.interrupted
             return bool(loss.isfinite())
-        total, seconds, self._stop = self.pool.totals(
-            [float(loss.detach()), self.seconds if self.pool.rank == 0 else 0.0, float(self.pool.interrupted)]
-        )
-        self.seconds = seconds
+        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
+        clock = self.seconds if self.pool.rank == 0 else 0.0
+        others = torch.stack([loss, loss.new_tensor(clock), loss.new_tensor(float(self.pool.interrupted))])
+        sums = self.pool.sum(torch.cat([*(g.flatten() for g in gradients), others]))
+        for gradient, part in zip(gradients, sums[:-3].split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient) / self.pool.size)
+        total, self.seconds, self._stop = sums[-3:].tolist()
         return math.isfinite(total)
 
     @contextmanager
@@ -182,14 +185,6 @@ class Run:
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(own)
             yield
-
-    def _average_gradients(self) -> None:
-        if self.pool.size == 1:
-            return
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        mean = self.pool.mean(torch.cat([g.flatten() for g in gradients]))
-        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
 
     def place(self) -> dict[str, Tensor]:
         """Where the random streams and the data stand, as a checkpoint keeps it."""
