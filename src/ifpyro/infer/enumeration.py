@@ -71,7 +71,9 @@ def sum_out(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
             with collect, poutine.enum(first_available_dim=-look.depth - 2):
                 result = original(*args, **kwargs)
             if collect.names:
-                pyro.factor(f"sum over {', '.join(collect.names)}", collect.log_sum())
+                first, *others = collect.names
+                name = f"sum over {first}" + (f" and {len(others)} more sites" if others else "")
+                pyro.factor(name, collect.log_sum())
             return result
 
         return marginal
