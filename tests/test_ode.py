@@ -6,12 +6,12 @@ import torch
 
 from flows_zoo import FLOWS, latents, mixture_flow, mlp_flow
 from ifpyro import Schedule
+from ifpyro.inverse import invert
 from ifpyro.ode import (
     TABLEAUX,
     Grid,
     build_solver,
     divergence,
-    invert,
     take,
     take_with_log_det,
     take_with_probes,

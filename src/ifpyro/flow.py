@@ -24,13 +24,13 @@ from torch.distributions.constraints import Constraint
 
 from .basis import Basis
 from .fidelity import current_fidelity
+from .inverse import invert
 from .ode import (
     Grid,
     Solver,
     Step,
     Tableau,
     build_solver,
-    invert,
     solve_adaptive,
     take,
     take_with_log_det,
@@ -65,7 +65,7 @@ class InflationaryFlow(nn.Module):
         grid: the fine solver grid, the map that *is* the model.
         coarse_steps: steps of the cheap map used under ``ifpyro.fidelity("coarse")``.
         refinements: fixed-point iterations per step of the inverse in single precision; a flow in double precision
-            makes two more.
+            makes two more. Up to 128 axes, rows that they do not close are solved by Newton's method.
         report: what training and checks measured (plain data).
 
     Attributes:
@@ -346,9 +346,10 @@ class InflationaryFlow(nn.Module):
         probes = self._probes(y) if with_log_det else None
         solver = self._solver(y)
         iterations = self.refinements + (2 if self.dtype == torch.double else 0)
+        newton = self.latent_dim <= _EXACT_UP_TO
         run = self._runner()
         for step, guess in zip(reversed(solver.to_data), solver.to_latent, strict=True):
-            y = run(partial(invert, self.velocity, step, guess, iterations=iterations), y)
+            y = run(partial(invert, self.velocity, step, guess, iterations=iterations, newton=newton), y)
             if with_log_det:
                 log_det = log_det + run(partial(self._take_with_log_det, step, probes=probes), y)[1]
         return y.reshape(*batch, self.latent_dim), -(log_det.reshape(batch) + bijection_log_det)

@@ -1,4 +1,4 @@
-r"""Solving the flow: Runge-Kutta on a fixed grid, its exact Jacobian, its exact inverse, and an adaptive oracle.
+r"""Solving the flow: Runge-Kutta on a fixed grid, its exact Jacobian, and an adaptive oracle.
 
 The state is ``y`` of shape ``(n, D)``; time runs from 0 (data) to 1 (latent). A fixed-grid solve *towards the data* is
 the map ``T`` that a model means when it says "the flow": a composition of steps
@@ -10,8 +10,7 @@ evaluated, and
 
 * its log-determinant is that of the product of the step Jacobians ``I + sum_i b_i dk_i/dy`` (not the integral of a
   divergence, which would carry a discretisation error of its own);
-* its inverse is found step by step: a step ``Psi`` of the same method the other way almost undoes ``Phi``, and a
-  fixed-point iteration on what is put into ``Psi`` removes the rest.
+* its inverse is found step by step (:mod:`ifpyro.inverse`).
 
 Tableaux: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (1993), section II.1 and table 5.2.
 """
@@ -145,7 +144,13 @@ def take(velocity: Velocity, step: Step, y: Tensor) -> Tensor:
 
 
 def take_with_log_det(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tensor, Tensor]:
-    """One step and ``log|det dPhi/dy|`` (shape ``(n,)``), from the Jacobians of the velocity at the stages."""
+    """One step and ``log|det dPhi/dy|`` (shape ``(n,)``)."""
+    result, jacobian = take_with_jacobian(velocity, step, y)
+    return result, torch.linalg.slogdet(jacobian).logabsdet
+
+
+def take_with_jacobian(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One step and ``dPhi_i/dy_j`` (shape ``(n, D, D)``), from the Jacobians of the velocity at the stages."""
     eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand(*y.shape, -1)
     values: list[Tensor] = []
     tangents: list[Tensor] = []  # dk_i / dy, (n, D, D)
@@ -154,8 +159,7 @@ def take_with_log_det(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tensor
         values.append(value)
         inner = jacobian @ _combine(eye, row, tangents) if any(row) else jacobian
         tangents.append(step.rate[i].unsqueeze(-1) * inner)
-    log_det = torch.linalg.slogdet(_combine(eye, step.tableau.b, tangents)).logabsdet
-    return _move(y, step, step.tableau.b, values), log_det
+    return _move(y, step, step.tableau.b, values), _combine(eye, step.tableau.b, tangents)
 
 
 def take_with_probes(velocity: Velocity, step: Step, y: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,21 +183,6 @@ def take_with_probes(velocity: Velocity, step: Step, y: Tensor, probes: Tensor) 
         values.append(value)
         log_det = log_det + step.tableau.b[i] * (probes * step.rate[i] * products).sum(-1).mean(0)
     return _move(y, step, step.tableau.b, values), log_det
-
-
-def invert(velocity: Velocity, step: Step, guess: Step, target: Tensor, iterations: int) -> Tensor:
-    """The ``y`` with ``Phi(y) = target``, by iterating on the argument of a step ``Psi`` the other way.
-
-    With ``y = Psi(r)`` the iteration ``r <- r + (target - Phi(Psi(r)))`` contracts with ``|I - Phi' Psi'|``, the local
-    error of the method, however strongly the flow itself stretches or squeezes. The number of iterations is fixed
-    rather than decided by a tolerance, so that a row's result cannot depend on its batch mates.
-    """
-    root = target
-    y = take(velocity, guess, root)
-    for _ in range(iterations):
-        root = root + (target - take(velocity, step, y))
-        y = take(velocity, guess, root)
-    return y
 
 
 def velocity_and_jacobian(velocity: Velocity, y: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
