@@ -96,7 +96,7 @@ def flow_of(key: Key, quick: bool) -> ifpyro.InflationaryFlow:
     """The flow, from the cache if it is there; in a quick run barely trained, and kept in memory only."""
     if quick:
         return _barely_trained(key)
-    path = CACHE / f"paper-{'-'.join(str(part) for part in key)}.safetensors".replace(", ", "-").replace(" ", "")
+    path = _path(key)
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         start = time.process_time()
@@ -104,6 +104,15 @@ def flow_of(key: Key, quick: bool) -> ifpyro.InflationaryFlow:
         flow.report["processor_seconds"] = round(time.process_time() - start, 1)
         flow.save(path)
     return ifpyro.load(path)
+
+
+def is_cached(key: Key) -> bool:
+    """Whether the flow has been trained."""
+    return _path(key).exists()
+
+
+def _path(key: Key) -> Path:
+    return CACHE / f"paper-{'-'.join(str(part) for part in key)}.safetensors".replace(", ", "-").replace(" ", "")
 
 
 @cache

@@ -7,9 +7,9 @@
 # principal axis is a choice: grow it in proportion everywhere, and the dimension of the data is *preserved*; let it
 # outgrow the rest on `K` axes, and everything but a line or a plane is *reduced* away.
 #
-# This page runs both flows on the paper's five toy sets, whose densities are known exactly here. The figures beside
-# the reference code's are in `benchmarks/paper.md`; the flows below are trained for seconds, those there for a
-# minute.
+# This page runs both flows on the paper's five toy sets, whose densities are known exactly here. The flows below are
+# trained for seconds; figures of flows that were trained for a minute, beside those of the paper's reference code,
+# are in [benchmarks/paper.md](../benchmarks/paper.md).
 
 # %%
 import logging
@@ -20,7 +20,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython.display import Image, display
 from matplotlib.animation import FuncAnimation, PillowWriter
 from sklearn.manifold import trustworthiness
 
@@ -33,6 +32,7 @@ logging.getLogger("matplotlib").setLevel(logging.ERROR)
 SMOKE = os.environ.get("IFPYRO_SMOKE") == "1"
 STEPS, ROWS = (30, 1_000) if SMOKE else (2_500, 50_000)
 torch.set_num_threads(1)
+plt.rcParams["figure.dpi"] = 72
 
 # %% [markdown]
 # ## Five sets
@@ -43,7 +43,7 @@ torch.set_num_threads(1)
 # %%
 NAMES = ("circles", "sine", "moons", "S-curve", "swirl")
 sets = datasets.paper()
-held_out = {name: sets[name].sample(300 if SMOKE else 2_000, seed=2) for name in NAMES}
+held_out = {name: sets[name].sample(300 if SMOKE else 1_500, seed=2) for name in NAMES}
 
 
 def colours(name):
@@ -95,10 +95,10 @@ print(flows["moons", "reducing"].schedule)
 # %% [markdown]
 # ## Inflation
 #
-# `flow.trajectory` follows points through the paper's rescaled coordinates, which undo the growth of the *leading*
-# axis. A preserving flow keeps the variance of every axis, and turns the shape into a Gaussian ball or ellipse. In a
-# reducing flow the other axis lags behind, and is squeezed flat: a line in the plane, a plane in space (seen
-# obliquely).
+# `flow.trajectory` follows points through the paper's rescaled coordinates on the principal axes (hence the tilt),
+# which undo the growth of the *leading* axis. A preserving flow keeps the variance of every axis, and turns the shape
+# into a Gaussian ball or ellipse. In a reducing flow the other axis lags behind, and is squeezed flat: a line in the
+# plane, a plane in space (seen obliquely).
 
 # %%
 MOMENTS = (0.0, 0.1, 0.25, 0.5, 1.0)
@@ -159,7 +159,8 @@ for name in NAMES:
 # The same flow run backwards turns normal draws into data. Below, each flow's evaluations of the network for one
 # solve, its round trip `decode(encode(x)) - x` in standard deviations, and the mean held-out log-likelihood below the
 # exact value. The reference code takes 701 to 1501 Euler steps on these sets. The round trip closes to rounding
-# because `encode` inverts the discrete map that `decode` computes, not only the equation.
+# because `encode` inverts the discrete map that `decode` computes, not only the equation, and solves the few points
+# between separated pieces, where the flow tears open a gap, by Newton's method.
 
 # %%
 figure, axes = plt.subplots(2, 5, figsize=(11, 4.4), layout="constrained")
@@ -181,6 +182,9 @@ plt.show()
 # ## Moving pictures
 #
 # A preserving flow on the moons and a reducing one on the S-curve, there and back.
+#
+# ![The moons become a Gaussian ellipse, and moons again](pictures/preserving.gif)
+# ![The S-curve is squeezed into a plane, and comes back](pictures/reducing.gif)
 
 # %%
 FOLDER = Path(tempfile.mkdtemp()) if SMOKE else Path("pictures")
@@ -196,6 +200,8 @@ def animate(name, kind, file, frames=18):
     space = points.shape[-1] == 3
     figure = plt.figure(figsize=(3.4, 3.4), dpi=80)
     axis = figure.add_subplot(projection="3d" if space else None)
+    if space:
+        axis.view_init(elev=12, azim=-75)
     dots = axis.scatter(*points[0].T, c=colours(name)[:800], s=4, cmap="viridis", linewidths=0)
     for setter in (axis.set_xlim, axis.set_ylim, *((axis.set_zlim,) if space else ())):
         setter(-2.6, 2.6)
@@ -211,41 +217,44 @@ def animate(name, kind, file, frames=18):
     FOLDER.mkdir(exist_ok=True)
     FuncAnimation(figure, draw, frames=order).save(FOLDER / file, PillowWriter(fps=12))
     plt.close(figure)
-    return Image(filename=FOLDER / file)
 
 
-display(animate("moons", "preserving", "preserving.gif"))
-display(animate("S-curve", "reducing", "reducing.gif"))
+animate("moons", "preserving", "preserving.gif")
+animate("S-curve", "reducing", "reducing.gif")
 
 # %% [markdown]
 # ## What a latent means
 #
-# After a reducing flow, the data lie on a line, so is the first latent all one needs? Decode it alone, the other
-# latent at its mean, zero. Each curve below is what one latent can say about the moons.
+# After a reducing flow the data lie on a line, so is the first latent all one needs? The sine, in its own units and
+# with little noise, is nearly a curve: one number holds almost everything. Below, the first latent is decoded alone,
+# the other at its mean, zero. Each red curve is what one latent can say.
 #
 # In the reducing order the kept axis turns to noise *first*. What it ends as was Gaussianised while the other axis
 # was still fully visible, that is, conditionally on it: the kept latent is only the rank of a point among its peers
-# at the same height, and alone says little. Details first does the opposite (ours: axes of small variance inflate
-# earlier). The small axis is Gaussianised given the large one, and the large one keeps its own shape until the end.
-# The order matters more in many dimensions: `benchmarks/paper.md` has the same comparison on images.
+# at the same height, and alone says little. *Details first* (ours: axes of small variance inflate earlier) does the
+# opposite. The small axis is Gaussianised given the large one, and the large one keeps its own shape until the end.
+#
+# `ifpyro.fit` uses `Schedule.details_first()` unless told otherwise, with the same noise on every axis (`power=1`): in
+# [benchmarks/paper.md](../benchmarks/paper.md) it reconstructs images and tables from few latents better than the
+# paper's two schedules. [What a latent means](06_what_a_latent_means.ipynb) goes on from here.
 
 # %%
-flows["moons", "details first"] = ifpyro.fit(
-    sets["moons"].sample(ROWS, seed=1), schedule=Schedule.details_first(power=6.0), **options
-)
-figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="constrained", sharex=True, sharey=True)
-for axis, kind in zip(axes, ("reducing", "preserving", "details first"), strict=True):
-    flow, x = flows["moons", kind], held_out["moons"]
+wave = datasets.sine(noise=0.05)
+x = wave.sample(300 if SMOKE else 1_500, seed=2)
+figure, axes = plt.subplots(1, 3, figsize=(11, 2.8), layout="constrained", sharex=True, sharey=True)
+schedules = (Schedule.reducing(1), Schedule.preserving(), Schedule.details_first(power=3.0))
+for axis, name, schedule in zip(axes, ("reducing", "preserving", "details first, p = 3"), schedules, strict=True):
+    flow = ifpyro.fit(wave.sample(ROWS, seed=1), schedule=schedule, **options)
     with torch.no_grad():
         along = flow.decoder(1)(torch.linspace(-2.5, 2.5, 400).unsqueeze(1))
         back = flow.decoder(1)(flow.encode(x)[:, :1])
-    error = float((back - x).square().sum(1).mean() / (x - x.mean(0)).square().sum(1).mean())
+    error = float((back - x).square().sum() / (x - x.mean(0)).square().sum())
     axis.plot(*x.T, ".", ms=1.5, color="0.8")
     axis.plot(*along.T, color="C3")
-    axis.set_title(f"{kind}: {100 * error:.0f}% of the variance lost", fontsize=9)
+    axis.set_title(f"{name}: {100 * error:.1f}% of the variance lost", fontsize=9)
 plt.show()
-covariance = torch.linalg.eigvalsh(torch.cov(held_out["moons"].T))
-print(f"lost by the first principal component: {100 * float(covariance[0] / covariance.sum()):.0f}%")
+spread = torch.linalg.eigvalsh(torch.cov(x.T))
+print(f"lost by the first principal component: {100 * float(spread[0] / spread.sum()):.1f}%")
 
 # %% [markdown]
 # ## Do errors add up?
