@@ -26,7 +26,7 @@ def residual_keys(quick: bool) -> list[Key]:
 
 
 def residuals(quick: bool) -> Iterator[str]:
-    rows = 100 if quick else 2000
+    rows = 100 if quick else 1000
     yield "## Residuals of the network along time (the paper's appendix C.3), and what errors add up to\n"
     yield (
         "Circles and moons are Gaussian mixtures to six digits, so the exact velocity `F*` is known. Residuals: mean "
@@ -64,7 +64,7 @@ def error_cells(flow: ifpyro.InflationaryFlow, exact: Velocity, x: Tensor) -> st
 def exact_flow(flow: ifpyro.InflationaryFlow, exact: Velocity) -> ifpyro.InflationaryFlow:
     """The flow that the network stands for, in double precision."""
     basis = copy.deepcopy(flow.basis).double()
-    return ifpyro.InflationaryFlow(basis, flow.schedule, exact, grid=Grid(48, flow.grid.power))
+    return ifpyro.InflationaryFlow(basis, flow.schedule, exact, grid=Grid(32, flow.grid.power))
 
 
 def far_correlation(found: Residuals) -> float:

@@ -24,7 +24,7 @@ def keys(quick: bool) -> list[Key]:
 
 def posterior(quick: bool) -> Iterator[str]:
     """Half-hidden digits: all latents against the first K, with and without the price of the others."""
-    images, particles = ((0,), 32) if quick else ((0, 1, 2, 3), 512)
+    images, particles = ((0,), 32) if quick else ((0, 1, 2, 3), 256)
     yield "## Posterior of a half-hidden digit over K latents\n"
     yield (
         f"Upper half of held-out digits {', '.join(map(str, images))} seen, sd 0.1; SMC, {particles} particles. "

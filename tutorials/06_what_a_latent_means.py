@@ -23,6 +23,7 @@ from ifpyro.reconstruction import lost
 
 SMOKE = os.environ.get("IFPYRO_SMOKE") == "1"
 torch.set_num_threads(1)
+plt.rcParams["figure.dpi"] = 80
 
 # %% [markdown]
 # ## A curve in the plane
@@ -91,6 +92,9 @@ plt.show()
 # * When the details inflate first, they are made last. The long axis comes out of the first latent alone, and the
 #   height follows from it: one latent holds the whole curve, which no straight line does.
 # * The exponent `p` says how far apart in time the axes are kept. With `p = 0` (preserving) they are made together.
+#
+# `ifpyro.fit` takes `p = 1` unless told otherwise: the same noise on every axis. A larger `p` says more with few
+# latents, at a price in likelihood; [benchmarks/paper.md](../benchmarks/paper.md) has the figures.
 #
 # ## Digits
 #
