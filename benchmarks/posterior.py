@@ -1,6 +1,6 @@
 """Posteriors through a flow, one core, one run: effective draws per second beside Pyro's NUTS on the same fine map.
 
-    python benchmarks/posterior.py [--only moons scurve digits gradient] [--quick] [--nuts-seconds 300]
+    python benchmarks/posterior.py [--only moons scurve digits gradient] [--quick] [--nuts-seconds 170]
 
 Problems: moons with the second coordinate observed (sd 0.2), the S-curve with two of three coordinates observed (sd
 0.1; both in standardised units), and an 8x8 digit whose upper half is observed (sd 0.1, pixels in [0, 1]).
@@ -69,7 +69,7 @@ def main() -> None:
     everything = [*PROBLEMS, "gradient"]
     parser.add_argument("--only", nargs="*", default=everything, choices=everything)
     parser.add_argument("--quick", action="store_true", help="a tenth of the draws and barely trained flows")
-    parser.add_argument("--nuts-seconds", type=float, default=300.0, help="seconds for Pyro's NUTS per problem")
+    parser.add_argument("--nuts-seconds", type=float, default=170.0, help="seconds for Pyro's NUTS per problem")
     options = parser.parse_args()
     torch.set_num_threads(1)
     nuts_seconds = 15.0 if options.quick else options.nuts_seconds
