@@ -19,12 +19,13 @@ class Moments:
 
     Args:
         pilot: a rough mean, ``(D,)``; the same in all processes.
+        full: keep all of ``S_2``; otherwise only its diagonal, as many columns want.
     """
 
-    def __init__(self, pilot: Tensor) -> None:
-        self._pilot = pilot.double()
-        self._first = torch.zeros_like(self._pilot)
-        self._second = torch.zeros(len(pilot), len(pilot), dtype=torch.double, device=pilot.device)
+    def __init__(self, pilot: Tensor, full: bool = True) -> None:
+        self._pilot, self._full = pilot.double(), full
+        self._first, self._squares = torch.zeros_like(self._pilot), torch.zeros_like(self._pilot)
+        self._products = self._pilot.new_zeros(len(pilot), len(pilot)) if full else self._pilot.new_zeros(0, 0)
         self.count = 0
         self.low = torch.full_like(self._pilot, torch.inf)
         self.high = torch.full_like(self._pilot, -torch.inf)
@@ -35,7 +36,9 @@ class Moments:
             return
         centred = rows.double() - self._pilot
         self._first += centred.sum(0)
-        self._second.addmm_(centred.T, centred)
+        self._squares += centred.square().sum(0)
+        if self._full:
+            self._products.addmm_(centred.T, centred)
         self.count += len(rows)
         self.low = torch.minimum(self.low, rows.min(0).values.double())
         self.high = torch.maximum(self.high, rows.max(0).values.double())
@@ -45,7 +48,8 @@ class Moments:
         if pool.size == 1:
             return
         self.count = int(pool.totals([self.count])[0])
-        self._first, self._second = pool.sum(self._first), pool.sum(self._second)
+        self._first, self._squares = pool.sum(self._first), pool.sum(self._squares)
+        self._products = pool.sum(self._products) if self._full else self._products
         self.low, self.high = pool.rows(self.low[None]).min(0).values, pool.rows(self.high[None]).max(0).values
 
     @property
@@ -54,6 +58,11 @@ class Moments:
         return self._pilot + self._first / self.count
 
     @property
+    def variance(self) -> Tensor:
+        """The diagonal of ``Sigma``, ``(D,)``, double precision."""
+        return (self._squares - self._first.square() / self.count) / (self.count - 1)
+
+    @property
     def covariance(self) -> Tensor:
-        """``Sigma``, ``(D, D)``, double precision."""
-        return (self._second - torch.outer(self._first, self._first) / self.count) / (self.count - 1)
+        """``Sigma``, ``(D, D)``, double precision; of full moments only."""
+        return (self._products - torch.outer(self._first, self._first) / self.count) / (self.count - 1)

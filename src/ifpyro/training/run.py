@@ -59,6 +59,7 @@ class Run:
         self.best = {name: value.clone() for name, value in self.net.state_dict().items()}
         self.validation = noised_rows(self.held_out, self.angles, recipe.time_power)
         self._stop: float | bool = False
+        self._clock = 0.0  # of this process; ``seconds`` is what all go by
         self.resume_at: dict[str, Tensor] | None = self.place()  # None in the middle of an update
 
     def train(
@@ -95,8 +96,9 @@ class Run:
                     break
                 self.step += 1
                 self.resume_at = self.place()
-                if self.pool.rank == 0:  # its clock is that of all
-                    self.seconds = before + time.monotonic() - start
+                self._clock = before + time.monotonic() - start
+                if self.pool.size == 1:
+                    self.seconds = self._clock
                 bar.update()
                 if self.step % self.recipe.check_every == 0 or self.step == max_steps:
                     self._validate()
@@ -107,7 +109,7 @@ class Run:
                     if save is not None and time.monotonic() - saved > 30:
                         save()
                         saved = time.monotonic()
-                if self._stop:
+                if self._stop and self.step < max_steps:
                     stopped = "interrupted"
                     break
         except KeyboardInterrupt:
@@ -166,7 +168,7 @@ class Run:
             self._stop = self.pool.interrupted
             return bool(loss.isfinite())
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        clock = self.seconds if self.pool.rank == 0 else 0.0
+        clock = self._clock if self.pool.rank == 0 else 0.0
         others = torch.stack([loss, loss.new_tensor(clock), loss.new_tensor(float(self.pool.interrupted))])
         sums = self.pool.sum(torch.cat([*(g.flatten() for g in gradients), others]))
         for gradient, part in zip(gradients, sums[:-3].split([g.numel() for g in gradients]), strict=True):

@@ -17,10 +17,13 @@ from .data import free_rows, unlike_units
 from .rows import RowsByIndex, RowsOfStream
 
 MOST_HELD_OUT = 16_384
-"""Held-out rows that are kept in memory."""
+"""Held-out rows that are kept in memory, fewer of large events."""
 
 KEPT = 4096
-"""Training rows that are kept in memory to measure the trained flow on."""
+"""Training rows that are kept in memory to measure the trained flow on, fewer of large events."""
+
+KEPT_BYTES = 2**28
+"""Most memory for either."""
 
 
 class Streamed:
@@ -57,6 +60,8 @@ class Streamed:
         self._share = 0.0 if fraction is None else float(fraction)
         if fraction is not None:
             held_out_count(1, fraction)  # refuses what is no fraction
+        affordable = max(256, KEPT_BYTES // (self.event_shape.numel() * self.dtype.itemsize))
+        self._most_held_out, self._most_kept = min(MOST_HELD_OUT, affordable), min(KEPT, affordable)
         error = None
         try:
             if isinstance(source, ByIndex):
@@ -79,7 +84,7 @@ class Streamed:
 
     def basis(self, own_units: bool | None) -> Basis:
         """See :meth:`Data.basis`."""
-        sd = self._moments.covariance.diagonal().sqrt()
+        sd = self._moments.variance.sqrt()
         unit = sd if own_units or (own_units is None and unlike_units(sd)) else torch.ones_like(sd)
         covariance = self._moments.covariance / torch.outer(unit, unit)
         basis = Basis.from_moments(self._moments.mean, covariance, self.kept)
@@ -108,13 +113,13 @@ class Streamed:
     def fingerprint(self) -> str:
         """See :meth:`Data.fingerprint`; of the moments, rounded because their sums may come in another order."""
         moments = self._moments
-        numbers = torch.cat([moments.mean, moments.covariance.diagonal()]).tolist()
+        numbers = torch.cat([moments.mean, moments.variance]).tolist()
         text = " ".join([str(moments.count), *(f"{number:.6e}" for number in numbers)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _by_index(self, source: ByIndex, pool: Pool, progress: bool) -> tuple[Moments, tuple[Tensor, Tensor]]:
         order = torch.randperm(source.count, generator=torch.Generator().manual_seed(self._seed))
-        held_out = min(held_out_count(source.count, self._share), MOST_HELD_OUT) if self._share else 0
+        held_out = min(held_out_count(source.count, self._share), self._most_held_out) if self._share else 0
         if not self._share:
             order = order.sort().values
         train = torch.ones(source.count, dtype=torch.bool)
@@ -127,10 +132,9 @@ class Streamed:
             source.chunks(pool.rank, pool.size), total=chunks, disable=not progress, desc="moments", unit="chunk"
         ):
             moments.add(self._checked((start, rows))[train[start : start + len(rows)].to(self.device)])
-        return moments, (
-            source.rows(order[:held_out]),
-            source.rows(self._train_index[:: -(-len(self._train_index) // KEPT)]),
-        )
+        spread = self._train_index[:: max(1, -(-len(self._train_index) // self._most_kept))]
+        kept = source.rows(spread)
+        return moments, (source.rows(order[:held_out]) if held_out else kept[:0], kept)
 
     def _by_content(self, source: Stream, progress: bool) -> tuple[Moments, tuple[Tensor, Tensor]]:
         """Of the rows that are held out, and of the others, those with the smallest hashes are kept."""
@@ -139,7 +143,7 @@ class Streamed:
             free = self._checked((start, rows))
             if moments is None:
                 moments = Moments(free[:256].mean(0))
-                held_out, kept = _Smallest(MOST_HELD_OUT, rows), _Smallest(KEPT, rows)
+                held_out, kept = _Smallest(self._most_held_out, rows), _Smallest(self._most_kept, rows)
             hashes = row_hash(rows, self._seed)
             out = hashes < self._share
             moments.add(free[~out.to(self.device)])
