@@ -18,10 +18,9 @@ from ifpyro import Schedule, datasets, demo
 CACHE = Path(__file__).parent / ".cache"
 TRAIN_SEED, TEST_SEED = 1, 2
 ROWS, HELD_OUT = 200_000, 20_000
-TOY_OPTIONS: dict[str, dict[str, Any]] = {  # of training; 3,000 steps for sets in space
-    "circles": {"max_steps": 8_000},
+TOY_STEPS = 8_000  # of training; fewer leave some sets in space on a plateau, their uniform axis not learnt
+TOY_OPTIONS: dict[str, dict[str, Any]] = {
     "sine": {"max_steps": 16_000, "network": {"width": 128}},  # four periods and two edges, mixed by the rotation
-    "moons": {"max_steps": 8_000},
 }
 QUICK_STEPS = 20
 DIGITS = ("digits, pixels", "digits, logits")
@@ -64,7 +63,7 @@ def data(name: str, seed: int = 0) -> Data:
     if name in datasets.paper():
         toy = datasets.paper()[name]
         x, held_out = toy.sample(ROWS, seed=TRAIN_SEED), toy.sample(HELD_OUT, seed=TEST_SEED)
-        return Data(x, 0.1, held_out, TOY_OPTIONS.get(name, {"max_steps": 3_000}))
+        return Data(x, 0.1, held_out, TOY_OPTIONS.get(name, {"max_steps": TOY_STEPS}))
     if name in TABLES:
         x = torch.as_tensor(TABLES[name](), dtype=torch.float32)
         x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))]
