@@ -134,7 +134,7 @@ def test_fit_under_torchrun_is_fit(tmp_path):
 def test_alone_a_pool_changes_nothing():
     pool, x = Pool.join(), torch.arange(6.0)
     assert (pool.rank, pool.size) == (0, 1)
-    for same in (pool.sum(x), pool.mean(x), pool.rows(x), pool.blocks(x, 6), pool.share(x), x[pool.mine(6)]):
+    for same in (pool.sum(x), pool.rows(x), pool.blocks(x, 6), pool.share(x), x[pool.mine(6)]):
         assert same is x or torch.equal(same, x)
     assert pool.totals([1.0, 2.0]) == [1.0, 2.0]
     assert pool.share_bytes(b"a") == b"a"

@@ -76,10 +76,6 @@ class Pool:
         """The sum over processes of tensors of one shape."""
         return x
 
-    def mean(self, x: Tensor) -> Tensor:
-        """The mean over processes of tensors of one shape."""
-        return self.sum(x) / self.size if self.size > 1 else x
-
     def totals(self, numbers: Sequence[float]) -> list[float]:
         """Sums over processes of a few numbers."""
         return list(numbers)
