@@ -25,6 +25,7 @@ from tqdm.auto import tqdm
 
 import ifpyro
 from ifpyro.basis import Basis
+from results import RESULTS, machine, write_section
 
 NOISE = 0.05
 
@@ -35,30 +36,38 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if "moons" in options.only:
-        moons()
     for name in options.only:
-        if name in TABLES:
-            table(name, options.seeds)
+        lines: list[str] = []
+        if name == "moons":
+            moons(lines)
+        else:
+            table(name, options.seeds, lines)
+        show(lines, f"\n`python benchmarks/density.py --only {name}`; {machine('zuko', 'scikit-learn')}")
+        write_section(RESULTS, f"early-stopped-{name}", lines)
+
+
+def show(lines: list[str], line: str) -> None:
+    """Print a line and keep it for the results file."""
+    print(line, flush=True)
+    lines.append(line)
 
 
 # -- moons: the exact density is known -------------------------------------------------------------------------------
 
 
-def moons() -> None:
+def moons(lines: list[str]) -> None:
     x = torch.as_tensor(make_moons(20_000, noise=NOISE, random_state=0)[0], dtype=torch.float32)
     test = torch.as_tensor(make_moons(20_000, noise=NOISE, random_state=1)[0], dtype=torch.float32)
     exact = ifpyro.datasets.moons(NOISE).log_prob(test)
-    print(f"moons, 20,000 points, exact mean held-out log-likelihood {float(exact.mean()):.4f}")
-    print("| model | nats below exact | standard error | seconds of training |\n|---|---|---|---|")
+    show(lines, f"## Moons, 20,000 points: exact mean held-out log-likelihood {float(exact.mean()):.4f}\n")
+    show(lines, "| model | nats below exact | standard error | seconds of training |\n|---|---|---|---|")
     sd = x.std(0)
     for label, scale in (("ifpyro", torch.ones(2)), ("ifpyro, standardised input", sd)):
         flow = ifpyro.fit(x / scale, seed=0, max_seconds=55, progress=False)
         gap = exact - (_log_prob(flow.log_prob, test / scale) - scale.log().sum())
         error = float(gap.std()) / math.sqrt(len(gap))
         training = flow.report["training"]
-        print(f"| {label} | {float(gap.mean()):.4f} | {error:.4f} | {training['seconds']:.0f} |", flush=True)
-        print(f"  ({training['samples_seen']:,} training samples seen, stopped by {training['stopped']})")
+        show(lines, f"| {label} | {float(gap.mean()):.4f} | {error:.4f} | {training['seconds']:.0f} |")
 
 
 # -- real tables -----------------------------------------------------------------------------------------------------
@@ -91,7 +100,7 @@ def split(name: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x[:a], x[a:b], x[b:]
 
 
-def table(name: str, seeds: int) -> None:
+def table(name: str, seeds: int, lines: list[str]) -> None:
     support = constraints.unit_interval if name == "digits" else None
     scores: dict[str, list[float]] = {}
     seconds: dict[str, list[float]] = {}
@@ -125,14 +134,14 @@ def table(name: str, seeds: int) -> None:
         for label, (score, took) in results.items():
             scores.setdefault(label, []).append(score)
             seconds.setdefault(label, []).append(took)
-    print(f"{name}: mean held-out log-likelihood over {seeds} splits, whitened units")
-    print("| model | nats | ifpyro's lead, mean ± standard error over splits | seconds |\n|---|---|---|---|")
+    show(lines, f"## {name}: mean held-out log-likelihood over {seeds} splits, whitened units, all stopped early\n")
+    show(lines, "| model | nats | ifpyro's lead, mean ± standard error over splits | seconds |\n|---|---|---|---|")
     ours = np.array(scores["ifpyro"])
     for label, values in scores.items():
         lead = ours - np.array(values)
         error = lead.std(ddof=1) / math.sqrt(seeds) if seeds > 1 else float("nan")
         took = float(np.median(seconds[label]))
-        print(f"| {label} | {np.mean(values):.2f} | {lead.mean():+.2f} ± {error:.2f} | {took:.0f} |", flush=True)
+        show(lines, f"| {label} | {np.mean(values):.2f} | {lead.mean():+.2f} ± {error:.2f} | {took:.0f} |")
 
 
 PEERS = {

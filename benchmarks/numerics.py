@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ifpyro
 from ifpyro.numerics import measure
+from results import RESULTS, machine, write_section
 
 
 def data() -> dict[str, Tensor]:
@@ -36,17 +37,23 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="training time per set (default: %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| data | evaluations | step doubling | round trip | log-density error | log-det error | decode cost |")
-    print("|---|---|---|---|---|---|---|")
+    lines = [
+        f"## Numerical error, and the price of a decode over bare passes; flows trained for {options.seconds:.0f} s\n",
+        "| data | evaluations | step doubling | round trip | log-density error | log-det error | decode cost |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines))
     for name, x in data().items():
         cut = len(x) * 4 // 5
         flow = ifpyro.fit(x[:cut], seed=0, max_seconds=options.seconds, progress=False)
         found = measure(flow, x[cut:][:2000])
-        print(
+        lines.append(
             f"| {name} | {found['evaluations']} | {found['doubling_rmse']:.1e} | {found['round_trip_rmse']:.1e} "
-            f"| {found['log_prob_error']:.1e} | {log_det_error(flow):.1e} | {decode_cost(flow):.2f} |",
-            flush=True,
+            f"| {found['log_prob_error']:.1e} | {log_det_error(flow):.1e} | {decode_cost(flow):.2f} |"
         )
+        print(lines[-1], flush=True)
+    lines.append(f"\n`python benchmarks/numerics.py`; seed 0; {machine()}")
+    write_section(RESULTS, "numerics", lines)
 
 
 def log_det_error(flow: ifpyro.InflationaryFlow) -> float:

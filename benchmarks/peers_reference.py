@@ -28,7 +28,7 @@ def reference(name: str) -> tuple[Tensor, Tensor]:
         if name == "digits":
             runs = []
             for seed in (100, 101):
-                smc = ifpyro.SMC(problem.model, 2048, seed=seed, progress=False)
+                smc = ifpyro.SMC(problem.model, 8192, seed=seed, progress=False)
                 smc.run(problem.y)
                 runs.append((smc.get_samples()["x"].flatten(1), smc.log_evidence))
             weight = torch.softmax(torch.tensor([float(e) for _, e in runs], dtype=torch.double), 0)

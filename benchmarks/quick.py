@@ -95,7 +95,7 @@ def quality() -> dict[str, float]:
     prior = flow.sample(100_000, seed=2)
     log_weight = dist.Normal(prior[:, 1], 0.2).log_prob(y).double()
     evidence = float(log_weight.exp().mean().log())
-    smc = ifpyro.SMC(model, 512, seed=0, progress=False)
+    smc = ifpyro.SMC(model, 2048, seed=0, progress=False)
     smc.run(y)
     found["SMC 4 x 512: error of the log-evidence"] = abs(smc.log_evidence - evidence) + 0.01
     weight, order = torch.softmax(log_weight, 0), prior[:, 0].argsort()

@@ -233,7 +233,7 @@ def solve(prior: Mixture, problem: Problem, seed: int) -> dict[str, tuple[float,
     generator = torch.Generator().manual_seed(1000 + seed)
     add("exact draws", sample(problem.posterior, generator), 0, time.process_time())
     began = time.process_time()
-    smc = ifpyro.SMC(model, DRAWS // 4, seed=seed, progress=False)
+    smc = ifpyro.SMC(model, DRAWS, seed=seed, progress=False)
     smc.run(problem.y)
     add("ifpyro SMC", smc.get_samples()["x"], flow.velocity.rows, began)
     budget = flow.velocity.rows // DRAWS
