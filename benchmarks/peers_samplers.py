@@ -123,9 +123,13 @@ def pyro_nuts_nsf(name: str, problem: Problem, clock: Clock, seed: int = 0) -> N
 
 
 class Prior(ZukoToPyro):
-    """Pyro's wrapper does not say where its draws live, which NUTS asks."""
+    """With what NUTS asks of a distribution and Pyro's wrapper lacks: where it lives, and a draw."""
 
     support = constraints.real_vector
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """A draw."""
+        return self.dist.rsample(sample_shape)
 
 
 def _pyro(
