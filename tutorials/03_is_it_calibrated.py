@@ -41,8 +41,8 @@ torch.set_num_threads(1)
 # %%
 moons = ifpyro.datasets.moons(0.08).unit_variance()
 samples, held_out = moons.sample(20_000, seed=0), moons.sample(4_000, seed=1)
-network = {"width": 64, "blocks": 2}  # small, because this page runs a thousand posteriors
-good = ifpyro.fit(samples, network=network, seed=0, max_steps=200 if SMOKE else 4000, progress=False)
+network = {"width": 48, "blocks": 2}  # small, because this page runs hundreds of posteriors
+good = ifpyro.fit(samples, network=network, seed=0, max_steps=200 if SMOKE else 3000, progress=False)
 bad = ifpyro.fit(samples, network=network, seed=0, max_steps=20 if SMOKE else 100, progress=False)
 
 rows = 300 if SMOKE else 2000
@@ -99,7 +99,7 @@ def model(y):
     pyro.sample("y", dist.Normal(x[..., 1], 0.3), obs=y)
 
 
-simulations = 10 if SMOKE else 300
+simulations = 10 if SMOKE else 200
 right = calibration.ManySMC(particles=64, islands=2)
 found = calibration.sbc(model, right, simulations, args=(torch.zeros(()),), progress=False)
 print(found)
@@ -150,7 +150,7 @@ plt.show()
 # to the first. Intervals do not notice. TARP does: it ranks the truth by its distance to reference points.
 
 # %%
-sets = 4 if SMOKE else 200
+sets = 4 if SMOKE else 100
 truth = good.sample(sets, seed=5)
 data = truth[:, 1] + 0.3 * torch.randn(sets, generator=torch.Generator().manual_seed(6))
 draws = []
@@ -187,7 +187,7 @@ def patient(y, columns):
 
 rng = np.random.default_rng(1)
 truth, posterior, columns = [], [], []
-for x in test[: 2 if SMOKE else 40]:
+for x in test[: 2 if SMOKE else 24]:
     order = torch.as_tensor(rng.permutation(30))
     hidden, seen = order[:10], order[10:]
     y = x[seen] + 0.1 * torch.as_tensor(rng.normal(size=20), dtype=torch.float32)

@@ -108,6 +108,7 @@ def _power(axis: Any, picture: dict[str, Any]) -> None:
         axis.plot(axes, train, color=_BLUE, label=f"train, mean {np.mean(train):.2f}", **style)
     axis.set_ylim(0, max(1.6, 1.25 * held_out.max()))
     axis.set_xlim(-0.5, len(axes) - 0.5)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set_xlabel("latent axis, leading first", fontsize=8)
     axis.legend(fontsize=8, frameon=False, loc="upper left")
     axis.set_title("variance of latents: one is right, a gap is over-fitting")

@@ -81,8 +81,10 @@ class SBC:
         )
 
     def to_arviz(self) -> Any:
-        """The ranks as an ArviZ object with the group ``prior_sbc``, which ``arviz.plot_ecdf_pit`` of ArviZ 1.x
-        reads."""
+        """The ranks as an ArviZ object with the group ``prior_sbc``, which ``plot_ecdf_pit`` of ArviZ 1.x reads.
+
+        ArviZ 0.x draws one quantity: ``plot_ecdf(ranks[:, k], cdf=scipy.stats.uniform.cdf, pit=True, ...)``.
+        """
         from ifpyro.arviz import sbc_group
 
         return sbc_group({name: self.ranks[:, self.names.index(name)] for name in self.tests})
