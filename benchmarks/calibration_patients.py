@@ -230,3 +230,7 @@ def by_gaussian(train: Tensor, cases: list[Case], count: int = 2000) -> Scores:
         exact = sd * (z * (2 * stats.norm.cdf(z) - 1) + 2 * stats.norm.pdf(z) - 1 / math.sqrt(math.pi))
         crps.append(float(exact.mean()))
     return Scores(np.stack(truth), np.stack(draws), np.array(log_score), np.array(crps))
+
+
+if __name__ == "__main__":
+    main()
