@@ -92,7 +92,9 @@ def run(name: str, case: Case, label: str, engine: Any, options: argparse.Namesp
         options.plots.mkdir(parents=True, exist_ok=True)
         result.plot().savefig(options.plots / f"{name}-{label}.png".replace(" ", "-"), dpi=110)
         (options.plots / f"{name}-{label}.txt".replace(" ", "-")).write_text(str(result))
-    outside = ", ".join(result.outside) if len(result.outside) <= 3 else f"{len(result.outside)} of them"
+    outside = ", ".join(result.outside)
+    if len(result.outside) > 3:
+        outside = f"all {len(result.tests)}" if len(result.outside) == len(result.tests) else f"{len(result.outside)}"
     least = min(test.band for test in result.tests.values())
     return (
         f"| {name} | {label} | {result.num_simulations} | {np.median(result.ess):.0f} | {len(result.tests)} | "

@@ -79,7 +79,7 @@ plt.show()
 
 # %%
 for name, flow in (("good", good), ("bad", bad)):
-    found = calibration.latent_coverage(flow.encode, flow.decode, held_out)
+    found = calibration.latent_coverage(flow.encode, flow.decode, held_out, num=4000)
     print(f"{name} flow\n{found}\n")
 # %% [markdown]
 # The first question is about numbers (round trip: the map is invertible to single precision, trained or not), the
