@@ -26,11 +26,11 @@ def write_rows(name: str, above: list[str], rows: list[str], order: list[str]) -
         name: of the section.
         above: what stands above the rows.
         rows: new ones.
-        order: first cells of the table in their order; equal ones stay in the order of the second.
+        order: first cells of the table in their order; equal ones are in the alphabetical order of the second.
     """
     old = [line for line in read_sections(RESULTS).get(name, "").splitlines() if line.startswith("|")][2:]
     table = {_key(row): row for row in [*old, *rows]}
-    kept = sorted(table, key=lambda key: (order.index(key[0]), key[1]))
+    kept = sorted(table, key=lambda key: (order.index(key[0]), key[1].casefold()))
     write(name, [*above, *(table[key] for key in kept)])
 
 
