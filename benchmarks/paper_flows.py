@@ -21,7 +21,7 @@ ROWS, HELD_OUT = 200_000, 20_000
 TOY_STEPS = 8_000  # of training
 TOY_OPTIONS: dict[str, dict[str, Any]] = {
     "sine": {"max_steps": 16_000, "network": {"width": 128}},  # four periods and two edges, mixed by the rotation
-    "S-curve": {"max_steps": 3_000},  # the flat sets stay longer on a plateau, their uniform axis not learnt
+    "S-curve": {"max_steps": 3_000},
     "swirl": {"max_steps": 3_000},
 }
 QUICK_STEPS = 20
