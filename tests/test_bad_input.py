@@ -9,11 +9,12 @@ from torch.distributions import constraints
 import ifpyro
 from flows_zoo import mlp_flow
 from ifpyro import InflationaryFlow, Schedule
+from ifpyro.images import build_velocity
 from ifpyro.ode import Grid
 from ifpyro.schedule import Schedule as AnySchedule
 from ifpyro.storage import write_tensors
 from ifpyro.support import support_from_dict
-from ifpyro.velocity import MLP, build_velocity
+from ifpyro.velocity import MLP
 
 X = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
 FLOW = mlp_flow(3, torch.float32)
@@ -157,7 +158,7 @@ CASES = {
     "dropout of everything": (fit(network={"dropout": 1.0}), ValueError, "0 <= dropout < 1"),
     "a module that is no velocity": (fit(network=Scalar(3, 3)), TypeError, "ifpyro.velocity.Velocity .* got Scalar"),
     "a network of the wrong output": (fit(network=Narrow(3, 8)), ValueError, r"map \(n, 3\) to \(n, 3\), got \(2, 1\)"),
-    "unknown network in a file": (lambda: build_velocity({"kind": "unet"}), ValueError, "'mlp', got 'unet'"),
+    "unknown network in a file": (lambda: build_velocity({"kind": "hat"}), ValueError, "got 'hat'"),
     # grids and fidelity
     "no steps": (lambda: Grid(0), ValueError, "steps to be a positive integer, got 0"),
     "fractional steps": (lambda: Grid(2.5), ValueError, "positive integer, got 2.5"),

@@ -4,7 +4,8 @@ import torch
 from flows_zoo import SCHEDULES, mixture_density, mixture_flow, mlp_flow, random_mlp, samples
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.basis import Basis
-from ifpyro.velocity import MLP, Velocity, build_velocity
+from ifpyro.images import build_velocity
+from ifpyro.velocity import MLP, Velocity
 
 TIMES = torch.tensor([0.0, 0.05, 0.3, 0.7, 0.98], dtype=torch.double)
 

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .prior import FlowTransform
     from .reconstruction import Decoder
 
-_EXACT_UP_TO = 128  # axes; beyond, one Jacobian an evaluation costs more than a trained flow's own accuracy is worth
+EXACT_UP_TO = 128  # axes; beyond, one Jacobian an evaluation costs more than a trained flow's own accuracy is worth
 
 
 class InflationaryFlow(nn.Module):
@@ -96,7 +96,9 @@ class InflationaryFlow(nn.Module):
         self.coarse_steps = coarse_steps
         self.refinements = refinements
         self.report = report or {}
+        schedule.check_axes(basis.principal, basis.dim)
         self.angles: Angles = schedule.angles(basis.scale)
+        velocity.attach(basis, self.angles)
         self.gradient_checkpointing = False
         self._compiled_take: Callable[..., Tensor] | None = None
         self._solvers: dict[Any, Solver] = {}
@@ -376,7 +378,7 @@ class InflationaryFlow(nn.Module):
         return take_with_probes(self.velocity, step, y, probes)
 
     def _probes(self, y: Tensor) -> Tensor | None:
-        if self.latent_dim <= _EXACT_UP_TO:
+        if self.latent_dim <= EXACT_UP_TO:
             return None
         # The same signs for every row and every call: a log-density that is a fixed function, as an accept step needs.
         generator = torch.Generator(y.device).manual_seed(0)
@@ -484,6 +486,7 @@ class InflationaryFlow(nn.Module):
         result = super().load_state_dict(*args, **kwargs)
         self._solvers.clear()
         self.angles = self.schedule.angles(self.basis.scale)
+        self.velocity.attach(self.basis, self.angles)
         return result
 
     def __getstate__(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .fidelity import fidelity
-from .flow import InflationaryFlow
+from .flow import EXACT_UP_TO, InflationaryFlow
 from .ode import Grid
 
 STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
@@ -31,11 +31,11 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
         flow: the flow; its ``grid`` and ``coarse_steps`` are replaced.
         x: held-out data, ``(N, *event_shape)``.
         tolerance: largest accepted error, in standard deviations.
-        rows: number of rows to measure on.
+        rows: number of rows to measure on; fewer in more than 128 dimensions.
     """
-    x = x[:rows]
+    x = x[: _affordable(rows, flow)]
     with torch.no_grad():
-        flow.grid = Grid(STEPS[-1], POWERS[1])
+        flow.grid = Grid(STEPS[-1] if flow.latent_dim <= EXACT_UP_TO else MOST_STEPS, POWERS[1])
         z = flow.encode(x)
         chosen, error = flow.grid, float("inf")
         for steps in STEPS:
@@ -46,7 +46,8 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
             if error <= tolerance:
                 break
         flow.grid = chosen
-        while flow.grid.steps < MOST_STEPS and _log_prob_error(flow, x) > LOG_PROB * tolerance:
+        exact = flow.latent_dim <= EXACT_UP_TO  # an estimated log-density has an error of its own
+        while exact and flow.grid.steps < MOST_STEPS and _log_prob_error(flow, x) > LOG_PROB * tolerance:
             flow.grid = replace(chosen, steps=flow.grid.steps + 2)
         chosen = flow.grid
         flow.coarse_steps = next(
@@ -85,7 +86,7 @@ def latent_power(flow: InflationaryFlow, x: Tensor, rows: int = 1024) -> dict[st
         ``mean`` over all entries, its ``standard_error``, the mean square of every axis in ``axes``, and ``rows`` used.
     """
     with torch.no_grad():
-        squares = flow.encode(x[:: -(-len(x) // rows)]).square().double()
+        squares = flow.encode(x[:: -(-len(x) // _affordable(rows, flow))]).square().double()
     per_row = squares.mean(1)
     return {
         "mean": float(per_row.mean()),
@@ -93,6 +94,11 @@ def latent_power(flow: InflationaryFlow, x: Tensor, rows: int = 1024) -> dict[st
         "axes": [round(value, 4) for value in squares.mean(0).tolist()],
         "rows": len(per_row),
     }
+
+
+def _affordable(rows: int, flow: InflationaryFlow) -> int:
+    """Fewer rows where each has more than 128 entries: passes cost more, and errors are averaged over entries too."""
+    return max(4, min(rows, rows * 128**2 // flow.latent_dim**2))
 
 
 def round_trip(flow: InflationaryFlow, x: Tensor) -> tuple[float, float]:
@@ -104,7 +110,7 @@ def round_trip(flow: InflationaryFlow, x: Tensor) -> tuple[float, float]:
 
 
 def _log_prob_error(flow: InflationaryFlow, x: Tensor) -> float:
-    few = x[:64]
+    few = x[: _affordable(64, flow)]
     once = flow.log_prob(few)
     with fidelity(steps=2 * flow.grid.steps):
         twice = flow.log_prob(few)

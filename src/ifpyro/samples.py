@@ -72,13 +72,17 @@ def refuse_not_finite(x: Tensor, name: str = "x", first: int = 0) -> None:
         )
 
 
-def check_trainable(x: Tensor) -> None:
+def check_trainable(x: Tensor, *, full_rank: bool = True) -> None:
     """Refuse unconstrained, flattened samples ``(N, D)`` that no flow can be trained on.
+
+    Args:
+        x: the samples.
+        full_rank: whether their covariance must have full rank.
 
     Raises:
         ValueError: on too few rows, or constant columns (with their indices).
     """
-    check_count(len(x), x.shape[1])
+    check_count(len(x), x.shape[1] if full_rank else 0)
     check_columns(x.min(0).values, x.max(0).values)
 
 
@@ -92,7 +96,7 @@ def check_count(rows: int, columns: int) -> None:
     if rows < least:
         raise ValueError(
             f"expected at least {least} training rows for {columns} columns (the covariance must have full "
-            f"rank), got {rows}; collect more, or reduce the columns first"
+            f"rank), got {rows}; collect more, reduce the columns first, or use basis='low_rank', which needs fewer"
         )
 
 

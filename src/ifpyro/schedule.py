@@ -34,7 +34,9 @@ schedule           line of axis ``j``                       meaning
 ``exponential``    ``reducing`` with explicit numbers       the paper's ``(gamma0, rho, g, T)``, in the paper's own time
 =================  =======================================  ==========================================================
 
-For the first three the clock is the mean angle over the axes, so that the mean angular speed is constant.
+For the first three the clock is the mean angle over the axes, so that the mean angular speed is constant. Images have
+hundreds of axes of small variance and a few of large, which would then all turn in the last moments; with ``octaves``
+that share of the mean counts octaves of ``s`` alike instead of axes.
 """
 
 import math
@@ -58,12 +60,20 @@ class Angles:
         slope: ``a_j >= 0``, shape ``(D,)``.
         span: first and last value of ``ell``.
         linear_clock: ``ell`` linear in ``t``; otherwise the mean angle is.
+        weights: of the axes in that mean, summing to one, shape ``(D,)``; equal by default.
 
     Raises:
         ValueError: if an angle would decrease, or leave ``[0, pi/2)``.
     """
 
-    def __init__(self, offset: Tensor, slope: Tensor, span: tuple[float, float], linear_clock: bool) -> None:
+    def __init__(
+        self,
+        offset: Tensor,
+        slope: Tensor,
+        span: tuple[float, float],
+        linear_clock: bool,
+        weights: Tensor | None = None,
+    ) -> None:
         if bool((slope < 0).any()) or span[1] <= span[0] or not bool((slope > 0).any()):
             raise ValueError(
                 f"a schedule expects angles that never decrease, got slopes from {slope.min():.3g} to "
@@ -80,7 +90,8 @@ class Angles:
                 f"[{first.min():.6g}, {last.max():.17g}]; choose an earlier end or a smaller gap"
             )
         self._nodes = torch.linspace(*self.span, _CLOCK_NODES, dtype=torch.double)
-        self._mean = self._theta(self._nodes).mean(-1)
+        self._weights = None if weights is None else weights.double()
+        self._mean = self._average(self._theta(self._nodes))
         self._start, self._range = self._mean[0].clone(), (self._mean[-1] - self._mean[0]).clone()
 
     def __call__(self, t: Tensor) -> Tensor:
@@ -93,11 +104,14 @@ class Angles:
         per_ell = self._rate(self._theta(ell))
         if self.linear_clock:
             return per_ell * (self.span[1] - self.span[0])
-        return per_ell * (self._range.to(t.device) / per_ell.mean(-1, keepdim=True))
+        return per_ell * (self._range.to(t.device) / self._average(per_ell).unsqueeze(-1))
 
     def _theta(self, ell: Tensor) -> Tensor:
         offset, slope = self.offset.to(ell.device), self.slope.to(ell.device)
         return torch.atan(torch.exp(offset + slope * ell.unsqueeze(-1)))
+
+    def _average(self, values: Tensor) -> Tensor:
+        return values.mean(-1) if self._weights is None else (values * self._weights.to(values.device)).sum(-1)
 
     def _rate(self, theta: Tensor) -> Tensor:
         # d theta / d ell for log tan theta = o + a ell
@@ -114,7 +128,7 @@ class Angles:
         ell = low + (high - low) * ((target - mean[right - 1]) / (mean[right] - mean[right - 1])).clamp(0, 1)
         for _ in range(2):  # Newton from a table of 2049 nodes: quadratic, so two steps reach rounding error
             theta = self._theta(ell)
-            step = (theta.mean(-1) - target) / self._rate(theta).mean(-1)
+            step = (self._average(theta) - target) / self._average(self._rate(theta))
             ell = (ell - step).clamp(min=low, max=high)
         return ell
 
@@ -129,10 +143,12 @@ class Schedule(ABC):
         start: the noise floor ``theta_0`` in radians: no axis starts noisier than this (for ``preserving``, the
             paper's ``gamma_0`` is ``tan(theta_0)^2``).
         end: the last angle in radians: every axis ends at or beyond it.
+        octaves: the share of the clock, in ``[0, 1]``, that counts octaves of ``s`` alike instead of axes.
     """
 
     start: float = 0.01
     end: float = _HALF_PI - 1e-3
+    octaves: float = 0.0
 
     kind: ClassVar[str] = ""
     linear_clock: ClassVar[bool] = False
@@ -147,6 +163,8 @@ class Schedule(ABC):
             raise ValueError(
                 f"a schedule expects 0 < start < end < pi/2 (radians), got start={self.start}, end={self.end}"
             )
+        if not 0 <= self.octaves <= 1:
+            raise ValueError(f"a schedule expects octaves in [0, 1], got {self.octaves}")
 
     @staticmethod
     def preserving(start: float = 0.01, end: float = _HALF_PI - 1e-3) -> "Schedule":
@@ -166,15 +184,18 @@ class Schedule(ABC):
         return Reducing(start=start, end=end, keep=keep, gap=gap)
 
     @staticmethod
-    def details_first(power: float = 1.0, start: float = 0.01, end: float = _HALF_PI - 1e-3) -> "Schedule":
+    def details_first(
+        power: float = 1.0, start: float = 0.01, end: float = _HALF_PI - 1e-3, octaves: float = 0.0
+    ) -> "Schedule":
         """``tan theta_j = eta(t) (s_max/s_j)^p / s_max``: small-variance axes inflate earlier.
 
         Args:
             power: ``p >= 0``; 0 is ``preserving``, 1 is equal noise on every axis.
             start: noise floor in radians.
             end: last angle in radians.
+            octaves: share of the clock that counts octaves of ``s`` alike instead of axes; 1/2 suits images.
         """
-        return DetailsFirst(start=start, end=end, power=power)
+        return DetailsFirst(start=start, end=end, power=power, octaves=octaves)
 
     @staticmethod
     def exponential(gamma0: float, rho: float, g: Sequence[float], T: float) -> "Schedule":
@@ -200,7 +221,15 @@ class Schedule(ABC):
         if scale.ndim != 1 or not bool((scale > 0).all()) or not bool(scale.isfinite().all()):
             raise ValueError(f"a schedule expects positive finite scales of shape (D,), got {scale}")
         offset, slope = self.lines(scale)
-        return Angles(offset, slope, self.span(offset, slope), self.linear_clock)
+        weights = _clock_weights(scale, self.octaves)
+        return Angles(offset, slope, self.span(offset, slope), self.linear_clock, weights)
+
+    def check_axes(self, principal: int, dim: int) -> None:  # noqa: B027 (a schedule need not care)
+        """Refuse a basis of ``dim`` axes of which only the leading ``principal`` have an order, where that matters.
+
+        Raises:
+            ValueError: if the schedule tells apart axes that the basis does not.
+        """
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_dict` rebuilds the schedule."""
@@ -259,6 +288,14 @@ class Reducing(Schedule):
         if not 0 < self.gap < 2:
             raise ValueError(f"reducing expects 0 < gap < 2 (every axis must still inflate), got {self.gap}")
 
+    def check_axes(self, principal: int, dim: int) -> None:
+        """The kept axes must be principal ones."""
+        if principal < self.keep <= dim:
+            raise ValueError(
+                f"reducing(keep={self.keep}) expects a basis with at least {self.keep} principal axes, got {principal} "
+                f"among {dim}; use basis='pca', or Basis.low_rank(x, rank={self.keep}) or more"
+            )
+
     def lines(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``o = -log s_j``, ``a = (1 + g_j)/2``; ``ell = log gamma0 / 2`` is shared at the start."""
         if self.keep > len(scale):
@@ -287,6 +324,14 @@ class Exponential(Schedule):
                 f"exponential expects gamma0, rho, T > 0, got gamma0={self.gamma0}, rho={self.rho}, T={self.T}"
             )
 
+    def check_axes(self, principal: int, dim: int) -> None:
+        """Axes without an order must share one ``g``."""
+        if len(set(self.g[principal:])) > 1:
+            raise ValueError(
+                f"exponential expects one g for all axes that are not principal, and this basis has {principal} "
+                f"principal axes among {dim}; use basis='pca', or the same g from entry {principal} on"
+            )
+
     def lines(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """``o = log(gamma0)/2 - log s_j``, ``a = rho (1 + g_j)/2``, ``ell = t'``."""
         if len(self.g) != len(scale):
@@ -297,3 +342,17 @@ class Exponential(Schedule):
     def span(self, offset: Tensor, slope: Tensor) -> tuple[float, float]:
         """From 0 to ``T``."""
         return 0.0, self.T
+
+
+def _clock_weights(scale: Tensor, octaves: float) -> Tensor | None:
+    """Of every axis: ``1/D``, mixed with the stretch of ``log s`` that is nearer to it than to any other axis."""
+    if not octaves:
+        return None
+    order = scale.argsort()
+    log = scale[order].log()
+    middle = torch.cat([log[:1], (log[1:] + log[:-1]) / 2, log[-1:]])
+    stretch = torch.empty_like(scale)
+    stretch[order] = middle.diff()
+    total = float(stretch.sum())
+    even = torch.full_like(scale, 1 / len(scale))
+    return even if total == 0 else (1 - octaves) * even + octaves * stretch / total

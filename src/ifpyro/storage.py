@@ -15,10 +15,11 @@ from torch import Tensor
 
 from .basis import Basis
 from .flow import InflationaryFlow
+from .images import build_velocity
 from .ode import Grid
 from .schedule import Schedule
 from .support import support_from_dict, support_to_dict
-from .velocity import Velocity, build_velocity
+from .velocity import Velocity
 
 FORMAT_VERSION = 1
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from .basis import Basis
 from .schedule import Angles
 
 
@@ -50,6 +51,14 @@ class Velocity(nn.Module, ABC):
 
         values, products = torch.func.vmap(product)(directions)
         return values[0], products
+
+    def attach(self, basis: Basis, angles: Angles) -> None:
+        """Told by a flow, and by training before its first step, in which coordinates ``y`` is given.
+
+        Args:
+            basis: the axes of the data.
+            angles: their angles.
+        """
 
     def spec(self) -> dict[str, Any] | None:
         """Plain data that rebuilds this module in :func:`ifpyro.load`, or None if the user must pass it there."""
@@ -210,12 +219,3 @@ class GaussianMixtureVelocity(Velocity):
         responsibility = torch.softmax(self.weights.log() + log_component, -1)
         component = sin * self.means + torch.einsum(rule, gain, residual)
         return (responsibility.unsqueeze(-1) * component).sum(-2)
-
-
-def build_velocity(spec: dict[str, Any]) -> Velocity:
-    """The module that :meth:`Velocity.spec` described."""
-    options = dict(spec)
-    kind = options.pop("kind", None)
-    if kind != "mlp":
-        raise ValueError(f"expected a network of kind 'mlp', got {kind!r}")
-    return MLP(**options)

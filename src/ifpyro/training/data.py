@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
 
-from ..basis import Basis
+from ..basis import Basis, kind_for
 from ..samples import check_trainable, split, to_unconstrained
 from .rows import Rows, RowsInMemory
 
@@ -27,8 +27,8 @@ class Data(Protocol):
     first: Tensor
     """The first few rows, ``(n, *event)``, where there are not enough held-out ones to measure on."""
 
-    def basis(self, own_units: bool | None) -> Basis:
-        """The axes of the unconstrained training rows."""
+    def basis(self, own_units: bool | None, kind: str) -> Basis:
+        """The axes of the unconstrained training rows, of a kind of :meth:`~ifpyro.basis.Basis.choose`."""
         ...
 
     def rows(self, basis: Basis) -> Rows:
@@ -55,13 +55,14 @@ class InMemory:
         self.kept, self.held_out = split(x, validation, generator)
         self._train = free_rows(self.kept, support, "x")
         self._held_out = free_rows(self.held_out, support, "validation")
-        check_trainable(self._train)
         self.count = len(self._train)
 
-    def basis(self, own_units: bool | None) -> Basis:
+    def basis(self, own_units: bool | None, kind: str) -> Basis:
         """See :meth:`Data.basis`."""
-        return Basis.from_samples(
-            self._train, own_units=unlike_units(self._train.std(0)) if own_units is None else own_units
+        kind = kind_for(kind, self._train.shape[1])
+        check_trainable(self._train, full_rank=kind == "pca")
+        return Basis.choose(
+            self._train, kind, own_units=unlike_units(self._train.std(0)) if own_units is None else own_units
         )
 
     def rows(self, basis: Basis) -> "RowsInMemory":

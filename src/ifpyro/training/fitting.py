@@ -1,5 +1,6 @@
 """``fit``: from samples to a flow."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch.distributions.constraints import Constraint
 
 from .. import reconstruction
+from ..basis import Basis
 from ..flow import InflationaryFlow
 from ..numerics import choose_grid, latent_power
 from ..pool import Pool
@@ -19,7 +21,7 @@ from ..sources import open_source
 from ..support import support_to_dict
 from ..velocity import Velocity
 from . import checkpoint as checkpoints
-from .data import Data, InMemory
+from .data import Data, InMemory, free_rows
 from .recipe import Recipe, make_network
 from .run import Run
 from .streamed import Streamed
@@ -42,6 +44,7 @@ def fit(
     tolerance: float = 1e-3,
     checkpoint: str | Path | None = None,
     pool: Pool | None = None,
+    basis: Basis | str = "auto",
 ) -> InflationaryFlow:
     """Train an inflationary flow on samples.
 
@@ -74,6 +77,9 @@ def fit(
             ``fit`` with the same arguments, all get the flow, and the result is that of one process up to rounding
             (and dropout). ``batch`` of the recipe counts the rows of all. Every process needs the data, of which it
             reads its share, but of a stream all.
+        basis: the axes: ``"pca"`` (all eigenvectors of the covariance), ``"low_rank"`` (the leading ones, and one
+            scale for the rest), ``"identity"`` (the columns themselves, one scale), or a
+            :class:`~ifpyro.basis.Basis`. By default ``pca`` up to 1,024 columns, ``low_rank`` up to 16,384.
 
     Returns:
         The flow, with what was measured in ``flow.report``.
@@ -93,19 +99,21 @@ def fit(
     seed = int(pool.share_bytes(str(fresh).encode()))
     data = _open(x, validation, support, seed, device, pool, progress)
 
-    basis = data.basis(own_units)
-    recipe = recipe or Recipe.for_data(data.count, basis.dim)
+    axes = _given(basis, data, support) if isinstance(basis, Basis) else data.basis(own_units, basis)
+    schedule.check_axes(axes.principal, axes.dim)
+    recipe = recipe or Recipe.for_data(data.count, axes.dim)
     limit = max_steps if max_steps is not None else recipe.max_steps
     devices = [data.device] if data.device.type == "cuda" else []
     # Layers initialise, and dropout draws, from torch's global stream: borrow it, and give it back as it was.
     with torch.random.fork_rng(devices=devices), _one_thread():
         torch.manual_seed(seed)
-        net = make_network(network, data.count, basis.dim).to(basis.scale)
+        angles = schedule.angles(axes.scale)
+        net = make_network(network, data.count, axes, angles)
         run = Run(
             net,
-            schedule.angles(basis.scale),
-            data.rows(basis),
-            data.held_out_rows(basis),
+            angles,
+            data.rows(axes),
+            data.held_out_rows(axes),
             recipe,
             data.count,
             data.fingerprint(),
@@ -116,7 +124,7 @@ def fit(
         save = None if checkpoint is None or pool.rank else partial(checkpoints.save, run, checkpoint, seed)
         stopped = run.train(limit, max_seconds, progress, save)
     flow = InflationaryFlow(
-        basis,
+        axes,
         schedule,
         run.best_network(),
         event_shape=data.event_shape,
@@ -140,8 +148,16 @@ def fit(
     )
     choose_grid(flow, data.held_out if len(data.held_out) >= 32 else data.first, tolerance)
     flow.report["training"]["latents"] = latent_power(flow, data.kept)
-    flow.report["reconstruction"] = reconstruction.measure(flow, data.kept, data.held_out)
+    if flow.basis.principal:
+        flow.report["reconstruction"] = reconstruction.measure(flow, data.kept, data.held_out)
     return flow
+
+
+def _given(basis: Basis, data: Data, support: Constraint | None) -> Basis:
+    columns = free_rows(data.first[:1], support, "x").shape[1]
+    if basis.dim != columns:
+        raise ValueError(f"expected a basis of {columns} axes, one for each column of the data, got {basis.dim}")
+    return copy.deepcopy(basis).to(data.kept)
 
 
 def _open(

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from ..basis import Basis
+from ..schedule import Angles
 from ..velocity import MLP, Velocity
 
 
@@ -59,20 +61,21 @@ def default_network(rows: int, dim: int) -> dict[str, Any]:
     return {"dim": dim, "width": max(width, 128), "blocks": 1, "dropout": 0.5}
 
 
-def make_network(network: Velocity | dict[str, Any] | None, rows: int, dim: int) -> Velocity:
+def make_network(network: Velocity | dict[str, Any] | None, rows: int, basis: Basis, angles: Angles) -> Velocity:
     """The default network, with options, or a copy of the user's own after a look at what it returns."""
+    dim = basis.dim
     if network is None or isinstance(network, dict):
         options = {**default_network(rows, dim), **(network or {})}
         try:
-            return MLP(**options)
+            return MLP(**options).to(basis.scale)
         except TypeError as error:
             raise ValueError(f"network expects options of MLP {sorted(default_network(rows, dim))}: {error}") from error
     if not isinstance(network, Velocity):
         raise TypeError(f"network expects an ifpyro.velocity.Velocity or options for MLP, got {type(network).__name__}")
-    network = copy.deepcopy(network).requires_grad_(True).train()
-    like = next(network.parameters())
+    network = copy.deepcopy(network).requires_grad_(True).train().to(basis.scale)
+    network.attach(basis, angles)
     with torch.no_grad():
-        out = network(like.new_zeros(2, dim), network.embed(torch.full((2,), 0.5, dtype=torch.double)))
+        out = network(basis.scale.new_zeros(2, dim), network.embed(torch.full((2,), 0.5, dtype=torch.double)))
     if out.shape != (2, dim):
         raise ValueError(f"network expects to map (n, {dim}) to (n, {dim}), got {tuple(out.shape)} for n = 2")
     return network

@@ -82,8 +82,13 @@ class Streamed:
         check_columns(moments.low, moments.high)
         self.count, self._moments = moments.count, moments
 
-    def basis(self, own_units: bool | None) -> Basis:
-        """See :meth:`Data.basis`."""
+    def basis(self, own_units: bool | None, kind: str) -> Basis:
+        """See :meth:`Data.basis`; of a kind that needs the covariance alone."""
+        if kind not in ("auto", "pca"):
+            raise ValueError(
+                f"expected basis 'auto' or 'pca' for data that are read in passing, got {kind!r}; make one from some "
+                f"rows in memory, fit(..., basis=Basis.choose(rows, {kind!r}))"
+            )
         sd = self._moments.variance.sqrt()
         unit = sd if own_units or (own_units is None and unlike_units(sd)) else torch.ones_like(sd)
         covariance = self._moments.covariance / torch.outer(unit, unit)
