@@ -348,7 +348,7 @@ class InflationaryFlow(nn.Module):
         probes = self._probes(y) if with_log_det else None
         solver = self._solver(y)
         iterations = self.refinements + (2 if self.dtype == torch.double else 0)
-        newton = self.latent_dim <= _EXACT_UP_TO
+        newton = self.latent_dim <= EXACT_UP_TO
         run = self._runner()
         for step, guess in zip(reversed(solver.to_data), solver.to_latent, strict=True):
             y = run(partial(invert, self.velocity, step, guess, iterations=iterations, newton=newton), y)
