@@ -217,6 +217,17 @@ def test_support_and_given_validation_rows(x, tmp_path):
     assert ifpyro.fit(Passing(y), **options).report["training"]["rows"] == 700
 
 
+@pytest.mark.parametrize("kind", ["low_rank", "identity"])
+def test_bases_of_large_events(tmp_path, kind):
+    """Without a matrix of covariances, from the rows that are kept: here, all of them."""
+    x = torch.randn(300, 12, generator=torch.Generator().manual_seed(0)) * torch.linspace(3, 1, 12)
+    options = {**OPTIONS, "basis": kind, "max_steps": 2}
+    flow, from_memory = ifpyro.fit(memory_mapped(x, tmp_path), **options), ifpyro.fit(x, **options)
+    torch.testing.assert_close(flow.basis.scale, from_memory.basis.scale, rtol=1e-3, atol=0)
+    given = ifpyro.fit(Events(x), **{**options, "basis": from_memory.basis})
+    assert torch.equal(given.basis.scale, from_memory.basis.scale)
+
+
 class Ragged(Events):
     def __getitem__(self, i):
         return self.x[i][: 1 + (i != 4)]

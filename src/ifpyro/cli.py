@@ -97,6 +97,12 @@ def _add_fit(commands: Any) -> None:
         "(default: %(default)s)",
     )
     fit.add_argument(
+        "--basis",
+        default="auto",
+        choices=("auto", "pca", "low_rank", "identity"),
+        help="the axes: all principal ones, the leading ones, or the columns themselves (default: by their number)",
+    )
+    fit.add_argument(
         "--support",
         default="real",
         choices=("real", "positive", "unit_interval", "simplex"),

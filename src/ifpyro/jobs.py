@@ -98,6 +98,7 @@ def run_fit(options: Any) -> int:
                 tolerance=options.tolerance,
                 checkpoint=checkpoint,
                 pool=pool,
+                basis=options.basis,
             )
         interrupted = flow.report["training"]["stopped"] == "interrupted"
         if pool.rank == 0:

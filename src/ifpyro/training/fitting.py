@@ -97,7 +97,8 @@ def fit(
         support_to_dict(support)  # refuse now what could not be saved after training
     fresh = torch.Generator().seed() % 2**31 if seed is None else seed
     seed = int(pool.share_bytes(str(fresh).encode()))
-    data = _open(x, validation, support, seed, device, pool, progress)
+    kind = basis if isinstance(basis, str) else "identity"  # a given basis needs no covariances
+    data = _open(x, validation, support, seed, device, pool, progress, kind)
 
     axes = _given(basis, data, support) if isinstance(basis, Basis) else data.basis(own_units, basis)
     schedule.check_axes(axes.principal, axes.dim)
@@ -168,10 +169,11 @@ def _open(
     device: torch.device | str | None,
     pool: Pool,
     progress: bool,
+    kind: str,
 ) -> Data:
     source = open_source(x, seed)
     if source is not None:
-        return Streamed(source, validation, support, seed, device, pool, progress)
+        return Streamed(source, validation, support, seed, device, pool, progress, kind)
     x = as_samples(x)
     x = x.to(device) if device is not None else x
     return InMemory(x, validation, support, torch.Generator().manual_seed(seed))

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 from tqdm.auto import tqdm
 
-from ..basis import Basis
+from ..basis import PCA_AT_MOST, Basis, kind_for
 from ..moments import Moments
 from ..pool import Pool
 from ..samples import check_columns, check_count, given_rows, held_out_count, refuse_not_finite
@@ -40,6 +40,7 @@ class Streamed:
         device: where to train.
         pool: the processes that share the pass, where the data are read by index.
         progress: show a progress bar.
+        kind: of the basis that will be asked for; only ``pca`` needs all covariances.
     """
 
     def __init__(
@@ -51,10 +52,11 @@ class Streamed:
         device: torch.device | str | None,
         pool: Pool,
         progress: bool,
+        kind: str = "auto",
     ) -> None:
         self.event_shape, self.dtype = source.event_shape, source.dtype
         self.device = torch.device("cpu" if device is None else device)
-        self._source, self._support, self._seed = source, support, seed
+        self._source, self._support, self._seed, self._kind = source, support, seed, kind
         fraction = validation if isinstance(validation, int | float) else None
         held_out = None if fraction is not None else given_rows(validation, self.event_shape, self.dtype)
         self._share = 0.0 if fraction is None else float(fraction)
@@ -76,23 +78,22 @@ class Streamed:
         found, self.kept = (rows.to(self.device) for rows in kept)
         self.first = self.kept[:256]
         self.held_out = found if held_out is None else held_out.to(self.device)
-        check_count(moments.count, len(moments.low))
+        check_count(moments.count, 0)
         if len(self.held_out) == 0:
             raise ValueError(f"validation={fraction} held out none of {moments.count} rows; pass held-out rows instead")
         check_columns(moments.low, moments.high)
         self.count, self._moments = moments.count, moments
 
     def basis(self, own_units: bool | None, kind: str) -> Basis:
-        """See :meth:`Data.basis`; of a kind that needs the covariance alone."""
-        if kind not in ("auto", "pca"):
-            raise ValueError(
-                f"expected basis 'auto' or 'pca' for data that are read in passing, got {kind!r}; make one from some "
-                f"rows in memory, fit(..., basis=Basis.choose(rows, {kind!r}))"
-            )
-        sd = self._moments.variance.sqrt()
-        unit = sd if own_units or (own_units is None and unlike_units(sd)) else torch.ones_like(sd)
-        covariance = self._moments.covariance / torch.outer(unit, unit)
-        basis = Basis.from_moments(self._moments.mean, covariance, self.kept)
+        """See :meth:`Data.basis`; all eigenvectors are those of all rows, other kinds are found from those kept."""
+        moments, kind = self._moments, kind_for(kind, len(self._moments.mean))
+        sd = moments.variance.sqrt()
+        own_units = unlike_units(sd) if own_units is None else own_units
+        if kind != "pca" or len(sd) > PCA_AT_MOST:
+            return Basis.choose(free_rows(self.kept, self._support, "x"), kind, own_units=own_units, seed=self._seed)
+        check_count(moments.count, len(sd))
+        unit = sd if own_units else torch.ones_like(sd)
+        basis = Basis.from_moments(moments.mean, moments.covariance / torch.outer(unit, unit), self.kept)
         return Basis(basis.mean, basis.rotation, basis.scale, unit.to(self.kept))
 
     def rows(self, basis: Basis) -> RowsByIndex | RowsOfStream:
@@ -131,7 +132,7 @@ class Streamed:
         train[order[:held_out]] = False
         self._train_index = order[held_out:]
         first = self._checked((0, source.rows(torch.arange(min(source.count, 256)))))
-        moments = Moments(first.mean(0))
+        moments = self._moments_about(first)
         chunks = -(-source.count // (source.chunk_rows * pool.size))
         for start, rows in tqdm(
             source.chunks(pool.rank, pool.size), total=chunks, disable=not progress, desc="moments", unit="chunk"
@@ -147,7 +148,7 @@ class Streamed:
         for start, rows in tqdm(source.one_pass(0), disable=not progress, desc="moments", unit="chunk"):
             free = self._checked((start, rows))
             if moments is None:
-                moments = Moments(free[:256].mean(0))
+                moments = self._moments_about(free[:256])
                 held_out, kept = _Smallest(self._most_held_out, rows), _Smallest(self._most_kept, rows)
             hashes = row_hash(rows, self._seed)
             out = hashes < self._share
@@ -156,6 +157,10 @@ class Streamed:
             kept.add(hashes[~out], rows[~out])
         assert moments is not None  # a source has at least one row
         return moments, (held_out.rows, kept.rows)
+
+    def _moments_about(self, rows: Tensor) -> Moments:
+        dim = rows.shape[1]
+        return Moments(rows.mean(0), full=kind_for(self._kind, dim) == "pca" and dim <= PCA_AT_MOST)
 
     def _checked(self, chunk: Chunk) -> Tensor:
         """The rows of a chunk, refused if anything is wrong with them, on the device, unconstrained and flattened."""
