@@ -12,6 +12,7 @@
 # | are posteriors of real data right? | `calibration.coverage` on held-out rows |
 
 # %%
+# %matplotlib inline
 import logging
 import os
 import warnings
