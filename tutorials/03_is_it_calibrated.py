@@ -221,5 +221,6 @@ for at, line in enumerate(axes):
 plt.show()
 
 # %% [markdown]
-# The full measurements, with more patients, several splits and the exact Gaussian conditional beside it, are in
-# `benchmarks/calibration.md`.
+# Twenty-four patients are few, and their hidden columns depend on each other: here 90% intervals cover 84 ± 2.5%. For 57
+# patients of the same split, other columns hidden, they cover 89.6 ± 1.6%; those figures, with the exact Gaussian
+# conditional beside them, are in `benchmarks/calibration.md`.
