@@ -221,6 +221,6 @@ for at, line in enumerate(axes):
 plt.show()
 
 # %% [markdown]
-# Twenty-four patients are few, and their hidden columns depend on each other: here 90% intervals cover 84 ± 2.5%. For 57
-# patients of the same split, other columns hidden, they cover 89.6 ± 1.6%; those figures, with the exact Gaussian
+# Twenty-four patients are few, and their hidden columns depend on each other: here 90% intervals cover 84 ± 2.5%. For
+# 57 patients of the same split, other columns hidden, they cover 89.6 ± 1.6%; those figures, with the exact Gaussian
 # conditional beside them, are in `benchmarks/calibration.md`.
