@@ -235,8 +235,8 @@ animate("S-curve", "reducing", "reducing.gif")
 # opposite. The small axis is Gaussianised given the large one, and the large one keeps its own shape until the end.
 #
 # `ifpyro.fit` uses `Schedule.details_first()` unless told otherwise, with the same noise on every axis (`power=1`): in
-# [benchmarks/paper.md](../benchmarks/paper.md) it reconstructs images and tables from few latents better than the
-# paper's two schedules. [What a latent means](06_what_a_latent_means.ipynb) goes on from here.
+# [benchmarks/paper.md](../benchmarks/paper.md) it reconstructs tables and pixels from few latents better than the
+# paper's two schedules (in logits the reducing order is ahead for one and two latents). [What a latent means](06_what_a_latent_means.ipynb) goes on from here.
 
 # %%
 wave = datasets.sine(noise=0.05)
