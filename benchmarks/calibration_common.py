@@ -4,7 +4,6 @@ from pathlib import Path
 
 from results import read_sections, write_section
 
-CACHE = Path(__file__).parent / ".cache"
 RESULTS = Path(__file__).parent / "calibration.md"
 HEADER = (
     "# Calibration, measured\n\nWritten by `python benchmarks/calibration_sbc.py`, `calibration_weights.py`, "

@@ -34,8 +34,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 import ifpyro
-from calibration_common import CACHE, write_rows
+from calibration_common import write_rows
 from ifpyro.calibration import coverage
+from results import CACHE
 
 NOISE, HIDDEN = 0.1, 10
 LEVELS = (0.5, 0.9, 0.95)

@@ -27,9 +27,10 @@ from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
 import ifpyro
-from calibration_common import CACHE, write_rows
+from calibration_common import write_rows
 from ifpyro.calibration import SBC, ManyHMC, ManySMC, sbc
 from ifpyro.infer.many import ManyDataSets
+from results import CACHE
 
 ENGINES = ["SMC", "HMC", "SVI"]
 ABOVE = [

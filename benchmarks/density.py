@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 import ifpyro
 from ifpyro.basis import Basis
-from results import RESULTS, machine, write_section
+from results import RESULTS, machine, show, write_section
 
 NOISE = 0.05
 
@@ -44,12 +44,6 @@ def main() -> None:
             table(name, options.seeds, lines)
         show(lines, f"\n`python benchmarks/density.py --only {name}`; {machine('zuko', 'scikit-learn')}")
         write_section(RESULTS, f"early-stopped-{name}", lines)
-
-
-def show(lines: list[str], line: str) -> None:
-    """Print a line and keep it for the results file."""
-    print(line, flush=True)
-    lines.append(line)
 
 
 # -- moons: the exact density is known -------------------------------------------------------------------------------

@@ -6,15 +6,14 @@ writes ``benchmarks/.cache/images-16-unet.safetensors``; an interrupted run leav
 """
 
 import argparse
-from pathlib import Path
 
 import ifpyro
 from ifpyro.images import unet
 from ifpyro.training.recipe import Recipe
 from ifpyro.velocity import MLP, Velocity
 from images_data import patches
+from results import CACHE
 
-CACHE = Path(__file__).parent / ".cache"
 SCHEDULE = ifpyro.Schedule.details_first(octaves=0.5)
 ROWS = {16: 60_000, 32: 30_000}
 SEEN = 2000  # held-out patches that decide when to stop; others are measured on

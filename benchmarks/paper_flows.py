@@ -14,8 +14,8 @@ from torch.distributions import constraints
 
 import ifpyro
 from ifpyro import Schedule, datasets, demo
+from results import CACHE
 
-CACHE = Path(__file__).parent / ".cache"
 TRAIN_SEED, TEST_SEED = 1, 2
 ROWS, HELD_OUT = 200_000, 20_000
 TOY_STEPS = 8_000  # of training

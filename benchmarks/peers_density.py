@@ -34,9 +34,8 @@ from torch.distributions import constraints
 import ifpyro
 from density import TABLES, split
 from ifpyro.basis import Basis
-from results import RESULTS, machine, write_section
+from results import CACHE, RESULTS, machine, write_section
 
-CACHE = RESULTS.parent / ".cache"
 TOYS = ("moons", "circles", "sine", "S-curve", "swirl")
 NAMES = (*TOYS, *TABLES)
 

@@ -30,9 +30,9 @@ from typing import Any
 import torch
 
 import posterior
-from peers_reference import CACHE, OBSERVED, judge, reference
+from peers_reference import OBSERVED, judge, reference
 from peers_samplers import SAMPLERS, Clock, TimeIsUp
-from results import RESULTS, machine, write_section
+from results import CACHE, RESULTS, machine, write_section
 
 
 def main() -> None:

@@ -9,9 +9,8 @@ from torch import Tensor
 import ifpyro
 import posterior
 from ifpyro.infer.diagnostics import convergence
-from results import RESULTS
+from results import CACHE
 
-CACHE = RESULTS.parent / ".cache"
 LEVELS = torch.linspace(0.05, 0.95, 19)
 OBSERVED: dict[str, tuple[list[int], float]] = {
     "moons": ([1], 0.2),

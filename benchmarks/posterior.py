@@ -39,7 +39,7 @@ from ifpyro import demo
 from ifpyro.infer.batch import BatchedModel
 from ifpyro.infer.density import log_density_and_grad
 from ifpyro.infer.diagnostics import convergence
-from results import machine, write_section
+from results import CACHE, machine, show, write_section
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "posterior.md"
@@ -78,11 +78,6 @@ def main() -> None:
         show(lines, f"\nSeed 0; {machine('pyro-ppl', 'arviz')}")
         if not options.quick:
             write_section(RESULTS, name, lines)
-
-
-def show(lines: list[str], line: str) -> None:
-    print(line, flush=True)
-    lines.append(line)
 
 
 # -- problems --------------------------------------------------------------------------------------------------------
@@ -129,7 +124,7 @@ def observed(flow: ifpyro.InflationaryFlow, columns: list[int], y: Tensor, noise
 
 def trained(name: str, x: Any, quick: bool, **options: Any) -> ifpyro.InflationaryFlow:
     """The flow of a problem, from the cache if it is there."""
-    path = HERE / ".cache" / f"{name}{'-quick' if quick else ''}.safetensors"
+    path = CACHE / f"{name}{'-quick' if quick else ''}.safetensors"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         if quick:

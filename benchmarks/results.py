@@ -8,7 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
+CACHE = Path(__file__).parent / ".cache"  # trained flows and references
 _SECTION = re.compile(r"<!-- ([\w-]+) -->\n(.*?)\n<!-- end -->\n?", re.DOTALL)
+
+
+def show(lines: list[str], line: str) -> None:
+    """Print a line and keep it for the results file."""
+    print(line, flush=True)
+    lines.append(line)
 
 
 def write_section(path: Path, name: str, lines: list[str]) -> None:
