@@ -2,6 +2,7 @@
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,17 +65,27 @@ def infer(pool, folder):
     return {"smc": smc, "hmc": hmc, "slices": slices}
 
 
-def fail(pool, folder):
-    """The model fails in the second process only, and the job goes on."""
+def breaking_model(pool, after, break_down):
+    """A model that breaks down in the second process after some evaluations."""
     evaluations = []
 
     def model(y):
         x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         evaluations.append(None)
-        if pool.rank == 1 and len(evaluations) > 40:
-            raise ArithmeticError("too cold")
+        if pool.rank == 1 and len(evaluations) > after:
+            break_down()
         pyro.sample("y", dist.Normal(x[..., 1], 0.3), obs=y)
 
+    return model
+
+
+def fail(pool, folder):
+    """The model fails in the second process only, and the job goes on."""
+
+    def too_cold():
+        raise ArithmeticError("too cold")
+
+    model = breaking_model(pool, 40, too_cold)
     mcmc = ifpyro.MCMC(ifpyro.HMC(model), 100, 5, 6, init="prior", seed=0, progress=False, pool=pool)
     try:
         mcmc.run(Y)
@@ -85,15 +96,7 @@ def fail(pool, folder):
 
 def die(pool, folder):
     """The second process dies while the chains are sampled; nobody catches anything."""
-    evaluations = []
-
-    def model(y):
-        x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        evaluations.append(None)
-        if pool.rank == 1 and len(evaluations) > 100:
-            os._exit(3)
-        pyro.sample("y", dist.Normal(x[..., 1], 0.3), obs=y)
-
+    model = breaking_model(pool, 100, partial(os._exit, 3))
     kernel = ifpyro.HMC(model, step_size=0.5, trajectory_length=1.0, jumps=False)
     options = {"seed": 0, "progress": False, "pool": pool, "init": "prior"}
     ifpyro.MCMC(kernel, 4000, 2, 6, checkpoint=folder / "draws", **options).run(Y)

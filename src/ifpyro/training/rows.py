@@ -32,7 +32,18 @@ class Rows(Protocol):
         ...
 
 
-class RowsInMemory:
+class _RowsOfAnyPlace:
+    """Rows that can be drawn from anywhere: there is no place to remember."""
+
+    def position(self) -> list[int]:
+        """See :meth:`Rows.position`."""
+        return []
+
+    def go_to(self, position: list[int]) -> None:
+        """See :meth:`Rows.go_to`."""
+
+
+class RowsInMemory(_RowsOfAnyPlace):
     """Rows of one tensor, ``(N, D)``; see :class:`Rows`."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -43,15 +54,8 @@ class RowsInMemory:
         """See :meth:`Rows.draw`."""
         return self._rows[torch.randint(len(self._rows), shape, device=self.device)[:, mine]]
 
-    def position(self) -> list[int]:
-        """See :meth:`Rows.position`."""
-        return []
 
-    def go_to(self, position: list[int]) -> None:
-        """See :meth:`Rows.go_to`."""
-
-
-class RowsByIndex:
+class RowsByIndex(_RowsOfAnyPlace):
     """Rows read when they are drawn; see :class:`Rows`.
 
     Args:
@@ -70,13 +74,6 @@ class RowsByIndex:
         # On the device of training, as in memory, so that the same rows are drawn there.
         chosen = torch.randint(len(self._index), shape, device=self.device)[:, mine].cpu()
         return self._standard(self._source.rows(self._index[chosen]))
-
-    def position(self) -> list[int]:
-        """See :meth:`Rows.position`."""
-        return []
-
-    def go_to(self, position: list[int]) -> None:
-        """See :meth:`Rows.go_to`."""
 
 
 class RowsOfStream:
