@@ -10,6 +10,7 @@ from .flow import InflationaryFlow
 from .infer import HMC, MCMC, SMC, EllipticalSlice
 from .infer.reparam import reparam
 from .pool import Pool
+from .pretrained import from_denoiser
 from .prior import FlowTransform
 from .schedule import Schedule
 from .storage import load_flow as load
@@ -33,6 +34,7 @@ __all__ = [
     "datasets",
     "fidelity",
     "fit",
+    "from_denoiser",
     "load",
     "reparam",
     "to_arviz",

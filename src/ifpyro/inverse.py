@@ -52,6 +52,8 @@ def _close(velocity: Velocity, step: Step, y: Tensor, target: Tensor) -> Tensor:
             return y
         found, closed = _newton(velocity, step, y[rows], target[rows])
     rows, found = rows[closed], found[closed]
+    if not len(rows):  # networks may refuse an empty batch
+        return y
     # The last step is taken with gradients. Started from the solution, it has those of the inverse function.
     value, jacobian = take_with_jacobian(velocity, step, found)
     found = found + torch.linalg.solve(jacobian, target[rows] - value)

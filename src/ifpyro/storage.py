@@ -17,6 +17,7 @@ from .basis import Basis
 from .flow import InflationaryFlow
 from .images import build_velocity
 from .ode import Grid
+from .pretrained import restore
 from .schedule import Schedule
 from .support import support_from_dict, support_to_dict
 from .velocity import Velocity
@@ -109,26 +110,29 @@ def save_flow(flow: InflationaryFlow, path: str | Path) -> None:
     write_tensors(path, flow.state_dict(), "flow", header)
 
 
-def load_flow(
-    path: str | Path, *, network: Velocity | None = None, device: torch.device | str | None = None
-) -> InflationaryFlow:
+def load_flow(path: str | Path, *, network: Any = None, device: torch.device | str | None = None) -> InflationaryFlow:
     """Read a flow from a file written by :meth:`InflationaryFlow.save`.
 
     Args:
         path: the file.
-        network: for a flow with a network of your own, an instance to receive its weights.
+        network: for a flow with a network of your own, an instance to receive its weights; for one made by
+            :func:`ifpyro.from_denoiser`, the denoiser that was given there.
         device: where to put it; the CPU by default.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is damaged, foreign, from a newer version, or needs ``network``.
+        ValueError: if the file is damaged, foreign, from a newer version, or needs ``network``, or another one.
     """
     tensors, header = read_tensors(path, "flow")
     if network is None and header["network"] is None:
         raise ValueError(
             f"the flow in {path} has a network of its user's own; pass an instance as load(..., network=...)"
         )
-    velocity = network if network is not None else build_velocity(header["network"])
+    velocity: Velocity
+    if header["network"] is not None and header["network"]["kind"] == "denoiser":
+        velocity = restore(header["network"], network)
+    else:
+        velocity = network if network is not None else build_velocity(header["network"])
     dtype = tensors["basis.scale"].dtype
     flow = InflationaryFlow(
         Basis(*(tensors[f"basis.{name}"] for name in ("mean", "rotation", "scale", "unit"))),
