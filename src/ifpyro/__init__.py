@@ -7,7 +7,7 @@ from . import datasets
 from .check import check
 from .fidelity import fidelity
 from .flow import InflationaryFlow
-from .infer import HMC, MCMC, SMC, EllipticalSlice
+from .infer import HMC, MCMC, SMC, EllipticalSlice, linear_posterior
 from .infer.reparam import reparam
 from .pool import Pool
 from .pretrained import from_denoiser
@@ -35,6 +35,7 @@ __all__ = [
     "fidelity",
     "fit",
     "from_denoiser",
+    "linear_posterior",
     "load",
     "reparam",
     "to_arviz",

@@ -23,7 +23,7 @@ from .basis import Basis
 from .schedule import Angles
 from .velocity import MLP, Velocity
 
-_TIMES = 1000.0  # networks of the DDPM family expect times up to 1000
+_TIMES = 30.0  # radians of the fastest feature of time; with the 1000 of the DDPM family no fixed grid could follow it
 
 
 class ImageVelocity(Velocity):
@@ -31,7 +31,7 @@ class ImageVelocity(Velocity):
 
     Args:
         network: called as ``network(image, time)`` with images ``(n, *event_shape)`` of variance about one and times
-            ``(n,)`` between 0 (data) and 1000, spread as the square root of the flow's; returns images of the same
+            ``(n,)`` between 0 (data) and 30, spread as the square root of the flow's; returns images of the same
             shape. No batch normalisation. To start as a Gaussian its last layer must start at zero.
         event_shape: ``(C, H, W)``, or any other shape that the network takes.
         spec: plain data with which :func:`build_velocity` makes the network again; without it, ``ifpyro.load``
