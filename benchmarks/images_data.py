@@ -7,6 +7,7 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor
 
 HELD_OUT = ("chelsea", "flower")
+PARTS = ("train", "validation", "places", "photographs")
 GRAIN = 0.01  # sd of the noise that stands for the camera's, on a scale from 0 (black) to 1 (white)
 
 
@@ -19,17 +20,21 @@ def photographs() -> dict[str, Tensor]:
     return {name: _half(torch.as_tensor(np.array(image))) for name, image in images.items()}
 
 
-def patches(size: int, rows: int, *, held_out: bool, seed: int = 0) -> Tensor:
+def patches(size: int, rows: int, part: str, *, seed: int = 0) -> Tensor:
     """Square patches at random places, half of them mirrored, with grain: ``(rows, 3, size, size)``.
+
+    No pixel is in two parts.
 
     Args:
         size: pixels along an edge.
         rows: number of patches, the same from every photograph.
-        held_out: of the photographs that are never trained on, or of the others.
+        part: ``"train"``: of the left three quarters of the photographs that are trained on; ``"validation"``: of
+            the upper half of their last quarter; ``"places"``: of its lower half; ``"photographs"``: of photographs
+            that are not trained on.
         seed: of places, mirrors and grain.
     """
-    generator = torch.Generator().manual_seed(seed + 10_000 * held_out)
-    images = [image for name, image in photographs().items() if (name in HELD_OUT) == held_out]
+    generator = torch.Generator().manual_seed(seed + 10_000 * PARTS.index(part))
+    images = [_cut(image, part) for name, image in photographs().items() if (name in HELD_OUT) == (part == PARTS[-1])]
     found = []
     for image in images:
         windows = image.unfold(1, size, 1).unfold(2, size, 1)  # (3, h, w, size, size)
@@ -43,6 +48,15 @@ def patches(size: int, rows: int, *, held_out: bool, seed: int = 0) -> Tensor:
     stack = torch.cat(found)
     stack = stack[torch.randperm(len(stack), generator=generator)[:rows]]
     return stack + GRAIN * torch.randn(stack.shape, generator=generator)
+
+
+def _cut(image: Tensor, part: str) -> Tensor:
+    """The region of a photograph that belongs to a part."""
+    h, w = image.shape[1:]
+    edge, middle = 3 * w // 4, h // 2
+    rows = {"validation": slice(middle), "places": slice(middle, h)}.get(part, slice(h))
+    columns = {"train": slice(edge), "photographs": slice(w)}.get(part, slice(edge, w))
+    return image[:, rows, columns]
 
 
 def _half(image: Tensor) -> Tensor:

@@ -6,56 +6,76 @@ writes ``benchmarks/.cache/images-16-unet.safetensors``; an interrupted run leav
 """
 
 import argparse
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 import ifpyro
 from ifpyro.images import unet
 from ifpyro.training.recipe import Recipe
-from ifpyro.velocity import MLP, Velocity
 from images_data import patches
 from results import CACHE
 
 SCHEDULE = ifpyro.Schedule.details_first(octaves=0.5)
-ROWS = {16: 60_000, 32: 30_000}
-SEEN = 2000  # held-out patches that decide when to stop; others are measured on
+RECIPE = Recipe(max_steps=100_000, batch=64, shared=1, rate=1e-3, patience=100_000, check_every=500)
+SEEN = 2000  # patches that decide which network is kept
 
 
-def network(name: str, size: int) -> Velocity:
-    """The network of a name."""
-    if name == "mlp":
-        return MLP(3 * size**2, width=512, blocks=2)
-    return unet((3, size, size), (32, 64) if size == 16 else (32, 64, 64), patch=2 if size == 16 else 4)
+class Kind(NamedTuple):
+    """One flow: patches of ``size`` pixels, in colour or grey, a U-Net, and how long it is trained."""
+
+    size: int
+    colour: bool
+    rows: int
+    channels: tuple[int, ...]
+    patch: int
+    seconds: float
 
 
-def train(name: str, seconds: float = 1200.0) -> ifpyro.InflationaryFlow:
-    """The flow of a name such as ``16-unet``, from the cache or from training."""
+KINDS = {
+    "4-grey": Kind(4, False, 60_000, (32,), 1, 40),
+    "8-grey": Kind(8, False, 60_000, (32,), 2, 40),
+    "8-colour": Kind(8, True, 60_000, (32,), 2, 60),
+    "16": Kind(16, True, 60_000, (32,), 2, 900),
+    "32": Kind(32, True, 30_000, (32, 64, 64), 4, 900),
+}
+
+
+def data(name: str, rows: int, part: str, seed: int = 0) -> Tensor:
+    """Patches as the flow of a name sees them: ``(rows, channels, size, size)``."""
+    kind = KINDS[name]
+    x = patches(kind.size, rows, part, seed=seed)
+    return x if kind.colour else x.mean(1, keepdim=True)
+
+
+def train(name: str, seconds: float | None = None) -> ifpyro.InflationaryFlow:
+    """The flow of a name in ``KINDS``, from the cache or from training (``seconds`` other than its own: not kept)."""
     path = CACHE / f"images-{name}.safetensors"
-    if path.exists():
+    if path.exists() and seconds is None:
         return ifpyro.load(path)
-    size, kind = int(name.split("-")[0]), name.split("-")[1]
+    kind = KINDS[name]
     CACHE.mkdir(exist_ok=True)
-    # Validation is by place, not by photograph: held-out photographs stay unseen altogether.
-    x = patches(size, ROWS[size], held_out=False)
-    recipe = Recipe(max_steps=100_000, batch=64, shared=1, rate=1e-3, patience=100_000, check_every=500)
     flow = ifpyro.fit(
-        x[SEEN:],
-        validation=x[:SEEN],
+        data(name, kind.rows, "train"),
+        validation=data(name, SEEN, "validation"),
         schedule=SCHEDULE,
-        network=network(kind, size),
-        recipe=recipe,
-        max_seconds=seconds,
+        network=unet((3 if kind.colour else 1, kind.size, kind.size), kind.channels, patch=kind.patch),
+        recipe=RECIPE,
+        max_seconds=kind.seconds if seconds is None else seconds,
         seed=0,
-        checkpoint=path.with_suffix(".checkpoint"),
+        checkpoint=path.with_suffix(".checkpoint") if seconds is None else None,
     )
-    flow.save(path)
+    if seconds is None:
+        flow.save(path)
     return flow
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
-    parser.add_argument("--seconds", type=float, default=1200.0)
-    arguments = parser.parse_args()
-    flow = train(arguments.name, arguments.seconds)
-    training = flow.report["training"]
-    print({k: training[k] for k in ("steps", "seconds", "samples_seen", "validation_loss", "validation_loss_gaussian")})
-    print(flow.report["numerics"])
+    parser.add_argument("names", nargs="+", choices=KINDS)
+    torch.set_num_threads(1)
+    for name in parser.parse_args().names:
+        training = train(name).report["training"]
+        shown = ("steps", "seconds", "samples_seen", "validation_loss", "validation_loss_gaussian")
+        print(name, {key: training[key] for key in shown})
