@@ -47,11 +47,11 @@ def mixture_flow(dim, dtype, schedule=None, **options):
     return InflationaryFlow.from_gaussian_mixture(*mixture(dim, dtype), schedule=schedule, **options)
 
 
-def random_mlp(dim: int, dtype=torch.float32, size=0.15) -> MLP:
+def random_mlp(dim: int, dtype=torch.float32, size=0.15, waves=0) -> MLP:
     """A network whose output is far from zero."""
     with torch.random.fork_rng():
         torch.manual_seed(dim)
-        network = MLP(dim, width=24, blocks=2)
+        network = MLP(dim, width=24, blocks=2, waves=waves)
         torch.nn.init.normal_(network.outlet.weight, std=size)
         torch.nn.init.normal_(network.outlet.bias, std=size)
     return network.to(dtype)

@@ -155,6 +155,7 @@ CASES = {
     # networks
     "unknown network option": (fit(network={"depth": 3}), ValueError, "options of MLP .*depth"),
     "no width": (fit(network={"width": 0}), ValueError, "width, blocks, frequencies >= 1"),
+    "waves below none": (fit(network={"waves": -1}), ValueError, "waves >= 0 .* waves=-1"),
     "dropout of everything": (fit(network={"dropout": 1.0}), ValueError, "0 <= dropout < 1"),
     "a module that is no velocity": (fit(network=Scalar(3, 3)), TypeError, "ifpyro.velocity.Velocity .* got Scalar"),
     "a network of the wrong output": (fit(network=Narrow(3, 8)), ValueError, r"map \(n, 3\) to \(n, 3\), got \(2, 1\)"),

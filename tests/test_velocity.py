@@ -87,9 +87,10 @@ def test_untrained_network_is_zero_and_its_flow_the_gaussian_of_the_samples():
     torch.testing.assert_close(flow.decode(torch.zeros(3).double()), x.mean(0), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("waves", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.double])
-def test_network_rows_and_embeddings(dtype):
-    network = random_mlp(3, dtype).eval()
+def test_network_rows_and_embeddings(dtype, waves):
+    network = random_mlp(3, dtype, waves=waves).eval()
     t = torch.tensor([0.0, 0.4, 1.0], dtype=torch.double)
     y = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.double).to(dtype)
     embedding = network.embed(t)
@@ -102,9 +103,10 @@ def test_network_rows_and_embeddings(dtype):
     assert together.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("waves", [0, 3])
 @pytest.mark.parametrize("per_row", [False, True])
-def test_products_written_out_are_those_of_forward_mode(per_row):
-    network = random_mlp(3, torch.double).eval()
+def test_products_written_out_are_those_of_forward_mode(per_row, waves):
+    network = random_mlp(3, torch.double, waves=waves).eval()
     generator = torch.Generator().manual_seed(0)
     y = torch.randn(5, 3, generator=generator, dtype=torch.double, requires_grad=True)
     directions = torch.randn(4, 5, 3, generator=generator, dtype=torch.double)
@@ -120,10 +122,35 @@ def test_products_written_out_are_those_of_forward_mode(per_row):
 
 
 def test_network_is_rebuilt_from_its_spec():
-    network = MLP(3, width=8, blocks=3, dropout=0.25, frequencies=5)
+    network = MLP(3, width=8, blocks=3, dropout=0.25, frequencies=5, waves=2)
     again = build_velocity(network.spec())
     again.load_state_dict(network.state_dict())
     assert again.spec() == network.spec()
+
+
+def test_a_spec_written_before_there_were_waves_means_none():
+    network = random_mlp(3)
+    old = {name: value for name, value in network.spec().items() if name != "waves"}
+    again = build_velocity(old)
+    again.load_state_dict(network.state_dict())
+    y, embedding = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), network.embed(TIMES)
+    assert torch.equal(again(y, again.embed(TIMES)), network(y, embedding))
+
+
+def test_the_inlet_sees_octaves_of_waves_of_every_coordinate():
+    """With an inlet that picks one input, hidden units are that input: the velocity repeats with its period."""
+    network = random_mlp(2, torch.double, waves=3)
+    inputs = ["y0", "y1", *(f"{wave}({2**k} y{j})" for wave in ("sin", "cos") for j in range(2) for k in range(3))]
+    assert network.inlet.weight.shape[1] == len(inputs)
+    with torch.no_grad():
+        network.inlet.weight.zero_()[:, inputs.index("cos(4 y1)")] = 1
+    y = torch.randn(6, 2, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    embedding = network.embed(TIMES[2:3])[0]
+    value = network(y, embedding)
+    period = torch.tensor([0.0, torch.pi / 2], dtype=torch.double)
+    for same in (y * torch.tensor([-3.0, 1.0]), y * torch.tensor([1.0, -1.0]), y + period):
+        torch.testing.assert_close(network(same, embedding), value)
+    assert (network(y + period / 2, embedding) - value).abs().max() > 1e-3
 
 
 def test_dropout_is_off_inside_a_flow():
