@@ -20,9 +20,8 @@ TRAIN_SEED, TEST_SEED = 1, 2
 ROWS, HELD_OUT = 200_000, 20_000
 TOY_STEPS = 8_000  # of training
 TOY_OPTIONS: dict[str, dict[str, Any]] = {
-    "sine": {"max_steps": 16_000, "network": {"width": 128}},  # four periods and two edges, mixed by the rotation
-    "S-curve": {"max_steps": 3_000},
-    "swirl": {"max_steps": 3_000},
+    "sine": {"max_steps": 24_000, "network": {"waves": 3}},  # four periods and two edges, mixed by the rotation
+    **{name: {"max_steps": 3_000} for name in ("S-curve", "swirl", "S-curve, flat", "swirl, flat")},
 }
 QUICK_STEPS = 20
 DIGITS = ("digits, pixels", "digits, logits")
@@ -79,12 +78,14 @@ def data(name: str, seed: int = 0) -> Data:
 
 
 def schedule(name: str, dim: int) -> Schedule:
-    """``preserving``, ``reducing`` (with ``gap = ...``), or ``details first, p = ...``, for data of ``dim`` axes."""
+    """``preserving``, ``reducing`` (with ``gap = ...`` or ``keep = ...``) or ``details first, p = ...`` on ``dim``."""
     kind, _, number = name.partition(" = ")
     if kind == "preserving":
         return Schedule.preserving()
     if kind == "details first, p":
         return Schedule.details_first(float(number))
+    if kind == "reducing, keep":
+        return Schedule.reducing(int(number))
     return Schedule.reducing(kept(dim), float(number or 1))
 
 
