@@ -1,4 +1,5 @@
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from ifpyro import Schedule
 from ifpyro.training import Recipe, run
 from ifpyro.velocity import MLP
 
-QUICK = Recipe(max_steps=60, batch=64, shared=1, rate=2e-3, patience=1_000, check_every=10)
+QUICK = Recipe(max_steps=60, batch=64, shared=1, rate=2e-3, patience=1_000, check_every=10, matrix_rate=0.02)
 OPTIONS = {"recipe": QUICK, "network": {"width": 16, "blocks": 1, "dropout": 0.1}, "progress": False, "seed": 3}
 
 
@@ -97,6 +98,8 @@ def test_checkpoints_of_other_trainings_are_refused(rows, tmp_path):
         ifpyro.fit(rows[:100], checkpoint=checkpoint, **OPTIONS)
     with pytest.raises(ValueError, match="another network"):
         ifpyro.fit(rows, checkpoint=checkpoint, **{**OPTIONS, "network": {"width": 8}})
+    with pytest.raises(ValueError, match="another recipe"):
+        ifpyro.fit(rows, checkpoint=checkpoint, **{**OPTIONS, "recipe": replace(QUICK, matrix_rate=0.0)})
     with pytest.raises(ValueError, match="another training"):
         ifpyro.fit(rows.flip(0) + 1, checkpoint=checkpoint, **OPTIONS)
 

@@ -14,8 +14,9 @@ def save(run: Run, path: str | Path, seed: int) -> None:
     tensors = {f"net.{k}": v for k, v in run.net.state_dict().items()}
     tensors |= {f"average.{k}": v for k, v in run.average.state_dict().items()}
     tensors |= {f"best.{k}": v for k, v in run.best.items()}
-    for index, state in run.optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{k}": v for k, v in state.items()}
+    for number, optimiser in enumerate(run.optimisers):
+        for index, state in optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{index}.{k}": v for k, v in state.items()}
     tensors |= run.resume_at or run.place()
     header = {
         "seed": seed,
@@ -54,11 +55,14 @@ def restore(run: Run, path: str | Path, seed: int) -> None:
     except RuntimeError as error:
         raise ValueError(f"the checkpoint {path} belongs to another network: {error}") from error
     run.best = {k: v.to(run.rows.device) for k, v in part("best.").items()}
-    optimiser = run.optimiser.state_dict()
-    for name, value in part("adam.").items():
-        index, key = name.split(".")
-        optimiser["state"].setdefault(int(index), {})[key] = value
-    run.optimiser.load_state_dict(optimiser)
+    for number, optimiser in enumerate(run.optimisers):
+        state = optimiser.state_dict()
+        for name, value in part(f"optimiser.{number}.").items():
+            index, key = name.split(".")
+            state["state"].setdefault(int(index), {})[key] = value
+        if header["step"] and len(state["state"]) != sum(len(group["params"]) for group in state["param_groups"]):
+            raise ValueError(f"the checkpoint {path} belongs to another recipe; pass its recipe, or another file name")
+        optimiser.load_state_dict(state)
     torch.set_rng_state(tensors["rng"])
     if "rng_cuda" in tensors:
         torch.cuda.set_rng_state(tensors["rng_cuda"], run.rows.device)

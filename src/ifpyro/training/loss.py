@@ -6,7 +6,8 @@ from torch import Tensor
 from ..schedule import Angles
 from ..velocity import Velocity
 
-_VALIDATION_ROWS = 16_384  # noised rows in one evaluation of the validation loss, fewer where each has many entries
+_VALIDATION_ROWS = 4_096  # noised rows in one evaluation of the validation loss,
+_VALIDATION_ENTRIES = 2**21  # fewer where each has many entries
 
 
 def velocity_loss(network: Velocity, rows: Tensor, noise: Tensor, theta: Tensor, embedding: Tensor) -> Tensor:
@@ -18,7 +19,7 @@ def velocity_loss(network: Velocity, rows: Tensor, noise: Tensor, theta: Tensor,
 def noised_rows(rows: Tensor, angles: Angles, time_power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Held-out rows with noise and times that stay the same, so that two losses differ by their networks alone."""
     generator = torch.Generator().manual_seed(0)
-    count = max(1024, min(_VALIDATION_ROWS, _VALIDATION_ROWS * 128 // rows.shape[1]))
+    count = max(1024, min(_VALIDATION_ROWS, _VALIDATION_ENTRIES // rows.shape[1]))
     repeats = max(1, count // len(rows))
     index = torch.arange(len(rows)).repeat(repeats)[:count]
     strata = torch.randperm(len(index), generator=generator)

@@ -10,6 +10,8 @@ from ..basis import Basis
 from ..schedule import Angles
 from ..velocity import MLP, Velocity
 
+_INLET = 3.0  # first weights, in torch's own: large samples of few dimensions have fine structure, seen sooner so
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -25,6 +27,8 @@ class Recipe:
         patience: steps without a better validation loss after which training stops.
         check_every: steps between two validations.
         time_power: times are ``u^time_power``, ``u`` uniform: denser near the data end.
+        matrix_rate: peak rate of the square matrices between hidden layers, of at most 128 rows, if their steps are to
+            be orthogonal matrices; 0 leaves them to AdamW.
     """
 
     max_steps: int = 16_000
@@ -36,6 +40,7 @@ class Recipe:
     patience: int = 16_000
     check_every: int = 200
     time_power: float = 1.5
+    matrix_rate: float = 0.0
 
     @classmethod
     def for_data(cls, rows: int, dim: int) -> "Recipe":
@@ -44,10 +49,10 @@ class Recipe:
         Large samples of few dimensions show fine structure, which is learnt at small angles.
         """
         if rows >= 5_000:
-            return cls(rate=5e-3, time_power=3.0) if dim <= 8 else cls(rate=2e-3)
+            return cls(rate=2e-3, time_power=3.0, matrix_rate=0.02) if dim <= 8 else cls(rate=2e-3)
         if rows >= 500:
-            return cls(max_steps=6_000, batch=256, shared=1, rate=1e-3, patience=1_000, check_every=100)
-        return cls(max_steps=4_000, batch=256, shared=1, rate=1e-4, patience=1_000, check_every=50)
+            return cls(max_steps=6_000, batch=256, shared=4, rate=2e-3, patience=1_000, check_every=100)
+        return cls(max_steps=1_500, batch=256, shared=4, rate=1e-3, patience=600, check_every=50)
 
 
 def default_network(rows: int, dim: int) -> dict[str, Any]:
@@ -68,9 +73,14 @@ def make_network(network: Velocity | dict[str, Any] | None, rows: int, basis: Ba
     if network is None or isinstance(network, dict):
         options = {**default_network(rows, dim), **(network or {})}
         try:
-            return MLP(**options).to(basis.scale)
+            made = MLP(**options).to(basis.scale)
         except TypeError as error:
             raise ValueError(f"network expects options of MLP {sorted(default_network(rows, dim))}: {error}") from error
+        if rows >= 5_000 and dim <= 8:
+            with torch.no_grad():
+                made.inlet.weight.mul_(_INLET)
+                made.inlet.bias.mul_(_INLET)
+        return made
     if not isinstance(network, Velocity):
         raise TypeError(f"network expects an ifpyro.velocity.Velocity or options for MLP, got {type(network).__name__}")
     network = copy.deepcopy(network).requires_grad_(True).train().to(basis.scale)

@@ -5,23 +5,23 @@ of it, and gradients are averaged, so that the result is that of one process up 
 process draws for itself).
 """
 
+import copy
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 from ..pool import Pool
 from ..schedule import Angles
 from ..velocity import Velocity
 from .loss import noised_rows, velocity_loss
+from .optimiser import make_optimisers
 from .recipe import Recipe
 from .rows import Rows
 
@@ -51,11 +51,10 @@ class Run:
         with torch.no_grad():
             for tensor in self.net.state_dict().values():
                 tensor.copy_(self.pool.share(tensor))
-        self.optimiser = torch.optim.AdamW(
-            self.net.parameters(), lr=recipe.rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay, fused=True
-        )
-        self.average = AveragedModel(self.net, multi_avg_fn=_warming_average(recipe.average))
-        self.average.update_parameters(self.net)
+        self.optimisers = make_optimisers(self.net, recipe)
+        self.average = copy.deepcopy(self.net).requires_grad_(False)
+        self._weights: list[Tensor] = list(self.net.parameters())
+        self._averages: list[Tensor] = list(self.average.parameters())
         self.best = {name: value.clone() for name, value in self.net.state_dict().items()}
         self.validation = noised_rows(self.held_out, self.angles, recipe.time_power)
         self._stop: float | bool = False
@@ -138,9 +137,9 @@ class Run:
 
     def _descend(self, share: float) -> bool:
         recipe, rows = self.recipe, self.rows
-        rate = recipe.rate * min(1.0, share / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        annealed = min(1.0, share / _WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
+        for group in (group for optimiser in self.optimisers for group in optimiser.param_groups):
+            group["lr"] = annealed * group["peak"]
         # As many times for every process: then the mean of their gradients is the gradient.
         size = self.pool.size
         times = -(-max(1, recipe.batch // recipe.shared) // size) * size
@@ -152,14 +151,23 @@ class Run:
         noise = torch.randn(recipe.shared, times, rows.dim, dtype=rows.dtype, device=rows.device)[:, mine]
         with self._own_randomness():
             loss = velocity_loss(self.net, data, noise, theta, self.net.embed(t))
-        self.optimiser.zero_grad()
+        self.net.zero_grad()
         loss.backward()
         if not self._agree(loss.detach()):
             return False
         self.resume_at = None
-        self.optimiser.step()
-        self.average.update_parameters(self.net)
+        for optimiser in self.optimisers:
+            optimiser.step()
+        self._follow()
         return True
+
+    def _follow(self) -> None:
+        """Move the average, which forgets its start quickly: its decay rises as ``(2 + n) / (11 + n)`` to the final."""
+        decay = min(self.recipe.average, (2 + self.step) / (11 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._averages, self._weights, 1 - decay)
+            for average, buffer in zip(self.average.buffers(), self.net.buffers(), strict=True):
+                average.copy_(buffer)
 
     def _agree(self, loss: Tensor) -> bool:
         """Average the gradients of all processes; whether their loss is finite. They also agree on the time, which is
@@ -201,7 +209,7 @@ class Run:
         return float((theta.sin() * rows - theta.cos() * noise).square().mean())
 
     def _validate(self) -> None:
-        network = cast(Velocity, self.average.module).eval()
+        network = self.average.eval()
         rows, noise, t, theta = self.validation
         mine = self.pool.mine(len(rows))
         with torch.no_grad():
@@ -211,13 +219,3 @@ class Run:
             self.best_loss, self.best_step = loss, self.step
             self.best = {name: value.clone() for name, value in network.state_dict().items()}
         self.history.append((self.step, loss))
-
-
-def _warming_average(decay: float) -> Any:
-    """Moving average that forgets its start quickly: the decay rises as ``(1 + n) / (10 + n)`` to its final value."""
-
-    def update(averaged: Any, current: Any, count: Tensor) -> None:
-        n = float(count)
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, count)
-
-    return update
