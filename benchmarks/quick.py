@@ -46,13 +46,18 @@ def main() -> None:
             worse += [name] if mark else []
             text = "–" if before is None else f"{before:.3g}"
             print(f"| {name} | {value:.3g} | {text} | {ratio:.2f}{mark} |", flush=True)
-    print(f"\n{time.perf_counter() - began:.0f} s; marked where a cost grew by {COST} or an error by {QUALITY}")
+    print(f"\n{time.perf_counter() - began:.0f} s. A cost may grow by a factor of {COST}, an error by {QUALITY}.")
     if options.update:
         COMMITTED.write_text(
             json.dumps({name: float(f"{value:.4g}") for name, value in found.items()}, indent=1) + "\n"
         )
+        print(f"These are the committed figures now: {COMMITTED}")
+    elif not committed:
+        sys.exit("There are no committed figures to compare with; quick.py --update makes these the committed ones.")
     elif worse:
-        sys.exit(1)
+        sys.exit(f"WORSE than the committed figures: {'; '.join(worse)}")
+    else:
+        print("No figure is worse than the committed one.")
 
 
 def costs() -> dict[str, float]:

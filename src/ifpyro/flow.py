@@ -330,7 +330,7 @@ class InflationaryFlow(nn.Module):
         self._check(z, torch.Size([self.latent_dim]), "z")
         batch = z.shape[:-1]
         y = z.reshape(-1, self.latent_dim)
-        log_det = self.basis.log_det().expand(len(y))
+        log_det = self.basis.log_det().expand(len(y)) if with_log_det else y.new_zeros(())
         probes = self._probes(y) if with_log_det else None
         run = self._runner()
         for step in self._solver(y).to_data:
@@ -340,11 +340,11 @@ class InflationaryFlow(nn.Module):
             else:
                 y = run(partial(self._take, step), y)
         x, bijection_log_det = self._unstandardise(y, batch, with_log_det)
-        return x, log_det.reshape(batch) + bijection_log_det
+        return x, log_det.reshape(batch) + bijection_log_det if with_log_det else log_det
 
     def _to_latent(self, x: Tensor, *, with_log_det: bool) -> tuple[Tensor, Tensor]:
         y, batch, bijection_log_det = self._standardise(x, with_log_det)
-        log_det = self.basis.log_det().expand(len(y))
+        log_det = self.basis.log_det().expand(len(y)) if with_log_det else y.new_zeros(())
         probes = self._probes(y) if with_log_det else None
         solver = self._solver(y)
         iterations = self.refinements + (2 if self.dtype == torch.double else 0)
@@ -354,7 +354,8 @@ class InflationaryFlow(nn.Module):
             y = run(partial(invert, self.velocity, step, guess, iterations=iterations, newton=newton), y)
             if with_log_det:
                 log_det = log_det + run(partial(self._take_with_log_det, step, probes=probes), y)[1]
-        return y.reshape(*batch, self.latent_dim), -(log_det.reshape(batch) + bijection_log_det)
+        z = y.reshape(*batch, self.latent_dim)
+        return z, -(log_det.reshape(batch) + bijection_log_det) if with_log_det else log_det
 
     def _runner(self) -> Callable[..., Any]:
         """How a step is called: plainly, or so that its gradient runs it again."""
@@ -451,7 +452,7 @@ class InflationaryFlow(nn.Module):
         )
 
     def _weights(self) -> list[Tensor]:
-        return [*self.velocity.parameters(), *self.velocity.buffers()]
+        return _tensors_of(self.velocity)
 
     def _current_grid(self) -> Grid:
         level = current_fidelity()
@@ -496,6 +497,15 @@ class InflationaryFlow(nn.Module):
     def extra_repr(self) -> str:
         """Event shape, latent dimension and solver."""
         return f"event_shape={tuple(self.event_shape)}, latent_dim={self.latent_dim}, grid={self.grid}"
+
+
+def _tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers: what torch's own iterators yield, without their names, which take longer than a step."""
+    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    for child in module._modules.values():
+        if child is not None:
+            own += _tensors_of(child)
+    return own
 
 
 def _call(function: Callable[[Tensor], Any], y: Tensor) -> Any:

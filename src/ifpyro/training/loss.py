@@ -6,8 +6,11 @@ from torch import Tensor
 from ..schedule import Angles
 from ..velocity import Velocity
 
-_VALIDATION_ROWS = 4_096  # noised rows in one evaluation of the validation loss,
-_VALIDATION_ENTRIES = 2**21  # fewer where each has many entries
+# Noised rows in one evaluation of the validation loss: as many for each held-out row, within limits, and fewer where
+# each has many entries. A table's loss is then cheap; a large sample's differs by the networks, not by the noise.
+_NOISES = 16
+_VALIDATION_ROWS = (4_096, 16_384)
+_VALIDATION_ENTRIES = 2**21
 
 
 def velocity_loss(network: Velocity, rows: Tensor, noise: Tensor, theta: Tensor, embedding: Tensor) -> Tensor:
@@ -19,7 +22,8 @@ def velocity_loss(network: Velocity, rows: Tensor, noise: Tensor, theta: Tensor,
 def noised_rows(rows: Tensor, angles: Angles, time_power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Held-out rows with noise and times that stay the same, so that two losses differ by their networks alone."""
     generator = torch.Generator().manual_seed(0)
-    count = max(1024, min(_VALIDATION_ROWS, _VALIDATION_ENTRIES // rows.shape[1]))
+    fewest, most = _VALIDATION_ROWS
+    count = max(1024, min(most, max(fewest, _NOISES * len(rows)), _VALIDATION_ENTRIES // rows.shape[1]))
     repeats = max(1, count // len(rows))
     index = torch.arange(len(rows)).repeat(repeats)[:count]
     strata = torch.randperm(len(index), generator=generator)
