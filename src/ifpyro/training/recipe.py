@@ -60,8 +60,7 @@ def default_network(rows: int, dim: int) -> dict[str, Any]:
     small = dim <= 8
     width = 64 if small else 128 if dim <= 128 else 256
     if rows >= 5_000:
-        waves = 2 if small else 0
-        return {"dim": dim, "width": width, "blocks": 3 if small else 2, "dropout": 0.0, "waves": waves}
+        return {"dim": dim, "width": width, "blocks": 3 if small else 2, "dropout": 0.0}
     if rows >= 500:
         return {"dim": dim, "width": width, "blocks": 3 if small else 2, "dropout": 0.3}
     return {"dim": dim, "width": max(width, 128), "blocks": 1, "dropout": 0.5}
