@@ -59,7 +59,7 @@ def train(pool, folder):
 def infer(pool, folder):
     """Every engine; the first process holds the draws."""
     options = {"seed": 0, "progress": False, "pool": pool}
-    smc = ifpyro.SMC(flow_model(), 64, max_moves=4, **options).run(Y)
+    smc = ifpyro.SMC(flow_model(), 64, max_moves=4, prior_draws=1, **options).run(Y)
     hmc = ifpyro.MCMC(ifpyro.HMC(flow_model(), max_steps=4), 5, 20, 7, init="prior", **options).run(Y)
     slices = ifpyro.MCMC(ifpyro.EllipticalSlice(flow_model()), 3, 3, 7, batch_size=4, init="prior", **options).run(Y)
     return {"smc": smc, "hmc": hmc, "slices": slices}

@@ -18,7 +18,7 @@ ENGINES = ["hmc", "elliptical", "smc"]
 
 def sample(engine, model, *args, seed=1, **kwargs):
     if engine == "smc":
-        return SMC(model, 2048, num_islands=16, seed=seed, progress=False).run(*args, **kwargs)
+        return SMC(model, 2048, num_islands=16, prior_draws=1, seed=seed, progress=False).run(*args, **kwargs)
     kernel = {"hmc": HMC, "elliptical": EllipticalSlice}[engine](model)
     draws = {"hmc": 100, "elliptical": 250}[engine]
     run = MCMC(kernel, draws, 60, 48, smc_particles=256, seed=seed, progress=False)

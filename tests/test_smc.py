@@ -5,11 +5,16 @@ import math
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from exact_densities import BIASES, PROBLEMS, GaussianMixture, conjugate, statistics, two_modes
 from ifpyro.infer import SMC
 from ifpyro.infer.moves import WORTH_JUMPING
+from ifpyro.infer.population import START, prior_population, suffices
+from ifpyro.infer.target import Target
 from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
+
+FOUR_ERRORS = float(stats.t.isf(stats.norm.sf(4.0), 15))  # where the error is the spread of 16 islands
 
 
 def generator(seed=0):
@@ -42,6 +47,12 @@ def test_next_temperature_goes_all_the_way_when_it_can_and_ignores_excluded_part
     assert next_temperature(flat, 0.0, 0.5) == 1.0
 
 
+def test_next_temperature_goes_on_where_there_are_more_particles_than_needed():
+    log_likelihood = -100 * torch.rand(4, 500, generator=generator(), dtype=torch.float64)
+    kept = effective_fraction(next_temperature(log_likelihood, 0.0, 0.5, 1, 0.1) * log_likelihood)
+    assert float(kept.mean()) == pytest.approx(0.1, abs=0.01)
+
+
 def test_systematic_resampling_gives_each_particle_its_share():
     log_weight = torch.randn(50, 64, generator=generator(), dtype=torch.float64)
     log_weight[:, 0] = log_weight[:, -1] = -math.inf
@@ -60,8 +71,8 @@ def test_systematic_resampling_gives_each_particle_its_share():
 @pytest.mark.parametrize("biased", [False, True])
 def test_smc_is_exact(name, biased):
     problem = PROBLEMS[name](bias=BIASES[name] * biased)
-    level = "coarse" if biased else None
-    smc = SMC(problem, 2048, num_islands=16, level=level, seed=3, progress=False).run()
+    options = {"level": "coarse", "prior_draws": 1} if biased else {}  # the biased guide must have moves to spoil
+    smc = SMC(problem, 2048, num_islands=16, seed=3, progress=False, **options).run()
     assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.5
     # Islands are independent: their spread is the error of the pooled estimate.
     weight = smc.sample_stats()["log_weight"][:, 0].double().softmax(0)
@@ -69,15 +80,18 @@ def test_smc_is_exact(name, biased):
         islands = values.double().mean(1)
         mean = weight @ islands
         error = float((weight.square() @ (islands - mean).square()).sqrt())
-        assert abs(float(mean) - exact) < 4 * error, f"{what}: {float(mean):.4f}, exact {exact:.4f} +- {error:.4f}"
+        miss = abs(float(mean) - exact) / error
+        assert miss < FOUR_ERRORS, f"{what}: {float(mean):.4f}, exact {exact:.4f} +- {error:.4f}"
 
 
-def test_the_standard_error_of_the_evidence_is_honest():
+@pytest.mark.parametrize("prior_draws", [1, 16])
+def test_the_standard_error_of_the_evidence_is_honest(prior_draws):
     """Over repeated runs the evidence misses by as much as it says."""
     z = []
     for seed in range(30):
         problem = two_modes(bias=0.1)
-        smc = SMC(problem, 256, num_islands=8, seed=seed, progress=False).run()
+        smc = SMC(problem, 256, num_islands=8, prior_draws=prior_draws, seed=seed, progress=False).run()
+        assert (smc.stages[-1].moves == 0) == (prior_draws == 16)
         z.append((smc.log_evidence - problem.log_evidence) / smc.log_evidence_se)
     assert 0.5 < float(torch.tensor(z).square().mean().sqrt()) < 1.6
 
@@ -94,15 +108,63 @@ def test_narrow_likelihood_in_many_dimensions():
     assert len(smc.stages) > 10
 
 
-def test_prior_draws_that_carry_the_weight_need_a_single_step():
-    problem = conjugate(sd=3.0)
-    smc = SMC(problem, 1024, num_islands=8, seed=1, progress=False).run()
-    assert [stage.beta for stage in smc.stages] == [1.0]
+# -- prior draws that suffice ----------------------------------------------------------------------
+
+
+def test_prior_draws_that_carry_the_weight_need_no_move():
+    problem = conjugate(sd=1.0)
+    smc = SMC(problem, 2048, num_islands=16, seed=1, progress=False).run()
+    assert [(stage.beta, stage.moves) for stage in smc.stages] == [(1.0, 0)]
+    assert problem.gradients == 0
+    assert smc.attributes["prior_draws"] == problem.values - 2048  # but for the pilot
     assert smc.pareto_k is not None
     assert smc.pareto_k < 0.7
     assert smc.attributes["pareto_k"] == smc.pareto_k
-    assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.2
+    assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.1
+    for what, (values, exact) in statistics(problem, smc.positions()).items():
+        error = float(values.double().mean(1).std() / 4)
+        assert abs(float(values.double().mean()) - exact) < FOUR_ERRORS * error, what
+    copies = torch.unique(smc.positions().flatten(0, 1), dim=0)
+    assert len(copies) > 0.85 * 2048
+    assert bool((smc.sample_stats()["n_steps"] == 0).all())
+
+
+def test_one_prior_draw_a_particle_is_the_textbook_algorithm():
+    problem = conjugate(sd=3.0)
+    smc = SMC(problem, 1024, num_islands=8, prior_draws=1, seed=1, progress=False).run()
+    assert [(stage.beta, stage.moves >= 4) for stage in smc.stages] == [(1.0, True)]
+    assert smc.attributes["prior_draws"] == 1024
     assert SMC(conjugate(sd=0.05), 128, seed=1, progress=False).run().pareto_k is None
+
+
+def test_prior_draws_that_do_not_suffice_start_at_a_higher_temperature():
+    one, more = (SMC(conjugate(sd=0.05), 256, prior_draws=k, seed=1, progress=False).run() for k in (1, 16))
+    assert more.attributes["prior_draws"] == START * 256
+    assert more.stages[0].beta > 2 * one.stages[0].beta
+    assert more.stages[0].moves >= 4
+
+
+def test_the_evidence_of_the_prior_draws_is_unbiased():
+    target, source = Target(conjugate(sd=0.7)), generator(5)
+    ratio, counts = [], set()
+    for _ in range(500):
+        found = prior_population(target, 16, 2, 64, source)
+        counts.add(found.per_particle)
+        ratio.append(float((found.fine.log_likelihood - target.density.log_evidence).exp().mean()))
+    ratio = torch.tensor(ratio)
+    assert len(counts) > 10
+    assert abs(float(ratio.mean()) - 1) < 4 * float(ratio.std()) / len(ratio) ** 0.5 < 0.1
+
+
+def test_a_heavy_tail_of_weights_does_not_suffice():
+    equal = torch.zeros(4, 100)
+    assert suffices(equal, 50, 1, math.nan)
+    assert suffices(equal, 80, 1, 0.69)
+    assert not suffices(equal, 81, 1, 0.1)
+    assert not suffices(equal, 50, 1, 0.71)
+    equal[2:, 1:] = -math.inf  # the second data set has one draw an island
+    assert suffices(equal, 25, 1, 0.1)
+    assert not suffices(equal, 25, 2, 0.1)
 
 
 class Ring:
@@ -190,7 +252,7 @@ def test_seeds_decide_everything_and_the_global_generator_is_left_alone():
 
 def test_batch_size_changes_nothing_but_memory():
     problem = two_modes()
-    whole = SMC(problem, 64, seed=1, progress=False).run()
+    whole = SMC(problem, 64, prior_draws=1, seed=1, progress=False).run()
     sizes = []
     call = type(problem).__call__
 
@@ -200,7 +262,7 @@ def test_batch_size_changes_nothing_but_memory():
             return call(self, q)
 
     problem.__class__ = Watched
-    parts = SMC(problem, 64, seed=1, batch_size=24, progress=False).run()
+    parts = SMC(problem, 64, prior_draws=1, seed=1, batch_size=24, progress=False).run()
     assert max(sizes) == 24
     assert parts.log_evidence == pytest.approx(whole.log_evidence, abs=1e-6)
 
@@ -285,6 +347,7 @@ def test_partly_undefined_likelihoods_count_as_impossible():
         ({"num_islands": -1}, "num_islands must be an integer of at least 1"),
         ({"ess_threshold": 1.5}, "ess_threshold must be a number strictly between 0 and 1"),
         ({"max_moves": 0}, "max_moves"),
+        ({"prior_draws": 0}, "prior_draws must be an integer of at least 1, got 0"),
         ({"seed": -3}, "seed must be an integer of at least 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"batching": "pmap"}, "batching must be one of 'plate', 'vmap', 'loop', None; got 'pmap'"),

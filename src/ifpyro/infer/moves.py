@@ -12,7 +12,7 @@ from torch import Tensor
 from ifpyro.fidelity import Level
 from ifpyro.infer import hamiltonian
 from ifpyro.infer.adaptation import TrajectoryLength, harmonic_mean
-from ifpyro.infer.hamiltonian import Info, State
+from ifpyro.infer.hamiltonian import Info
 from ifpyro.infer.independence import MAX_DIM, cross_fitted_proposal, jump, worthwhile_steps
 from ifpyro.infer.metric import Metric
 from ifpyro.infer.target import Target, Value
@@ -52,7 +52,8 @@ class Stage(NamedTuple):
 class Moved(NamedTuple):
     """The particles after their moves."""
 
-    state: State
+    q: Tensor
+    fine: Value
     info: Info
     """Of the last move."""
     stage: Stage
@@ -133,7 +134,15 @@ class Mover:
         stage = Stage(
             beta, moves, self.step_size, steps, acceptance / moves, jumps / moves, history[-1], self.target.level
         )
-        return Moved(state, info, stage)
+        return Moved(state.q, state.fine, info, stage)
+
+    @staticmethod
+    def stay(q: Tensor, fine: Value) -> Moved:
+        """Particles that are draws of the posterior as they stand, after no move at all."""
+        lp = fine.tempered(1.0)
+        one, zero, no = torch.ones_like(lp), torch.zeros_like(lp), torch.zeros_like(lp, dtype=torch.bool)
+        info = Info(one, one, ~no, no, -lp, zero, 0, q, torch.zeros_like(q))
+        return Moved(q, fine, info, Stage(1.0, 0, math.nan, 0, 1.0, 0.0, 0.0, "fine"))
 
 
 def _correlation(origin: Tensor, now: Tensor, families: int) -> float:

@@ -8,6 +8,9 @@ Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin & Jacob 2021 for HMC mov
 
     log Z = sum_k log( 1/N sum_i likelihood(q_i)^(beta_{k+1} - beta_k) ).
 
+The first population is larger than the others where that pays: prior draws need no gradients, and if enough of
+them carry weight, importance sampling is all there is to do (`ifpyro.infer.population`).
+
 The particles live in *islands* that resample on their own and share only tuning (temperatures, metric, step
 size): the spread of their evidences is an honest standard error, and islands serve as chains for R-hat.
 """
@@ -28,7 +31,8 @@ from ifpyro.infer.draws import Draws
 from ifpyro.infer.everywhere import everywhere
 from ifpyro.infer.metric import cross_fitted_metric
 from ifpyro.infer.moves import Moved, Mover, Stage
-from ifpyro.infer.resolve import check_model, check_start, new_generator, resolve_density
+from ifpyro.infer.population import prior_population, suffices, usable
+from ifpyro.infer.resolve import check_model, new_generator, resolve_density
 from ifpyro.infer.target import LOOSE, Target, Value
 from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
 from ifpyro.pool import Pool
@@ -54,6 +58,9 @@ class SMC(Draws):
         num_islands: independent samplers in one batch; the standard error of the evidence has ``num_islands -
             1`` degrees of freedom.
         ess_threshold: effective fraction of the particles that each temperature step keeps.
+        prior_draws: most prior draws per particle, evaluated once and without gradients, for importance sampling. If
+            so many promise an effective sample size of the particles, these are resampled from them, unmoved; if
+            not, tempering starts from a few per particle. 1: no attempt, as many prior draws as particles.
         max_moves: most Hamiltonian moves per temperature; fewer are made where particles decorrelate earlier.
         target_accept: harmonic-mean acceptance at which the step size aims.
         max_steps: most leapfrog steps per move.
@@ -69,7 +76,8 @@ class SMC(Draws):
     error: the spread over islands, by the delta method, but never less than independent particles would give,
     ``sqrt(sum_k (N / ESS_k - 1) / N)``, because few islands can agree by luck), `island_log_evidence`
     ``(num_islands,)``, `stages`, and `pareto_k` where prior draws carried enough weight for a single
-    importance sampling step (above 0.7 it is not to be trusted: Vehtari et al. 2024).
+    importance sampling step (above 0.7 it is not to be trusted, and the particles are moved: Vehtari et al. 2024;
+    with many data sets, the largest).
 
     Raises:
         ValueError: for arguments out of range.
@@ -90,6 +98,7 @@ class SMC(Draws):
         *,
         num_islands: int = 4,
         ess_threshold: float = 0.5,
+        prior_draws: int = 16,
         max_moves: int = 20,
         target_accept: float = 0.7,
         max_steps: int = 64,
@@ -116,6 +125,7 @@ class SMC(Draws):
                 f"got num_particles={num_particles}"
             )
         self.ess_threshold = check_fraction("ess_threshold", ess_threshold)
+        self.prior_draws = check_count("prior_draws", prior_draws, 1)
         self.max_moves = check_count("max_moves", max_moves, 1)
         self.target_accept = check_fraction("target_accept", target_accept)
         self.max_steps = check_count("max_steps", max_steps, 1)
@@ -146,16 +156,14 @@ class SMC(Draws):
         self._density, self._positions = density, None
         generator = new_generator(density, self.seed) if generator is None else generator
         target = Target(density, self._batch_size, self.level, LOOSE)
-        q = density.sample_prior(self.num_particles, generator)
-        fine = target.fine(q)
-        check_start(fine, "prior draws")
-
-        self.stages, self.pareto_k = [], None
-        islands, per_island = self.num_islands, self.num_particles // self.num_islands
-        log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
-        families = target.families
+        islands, per_island, families = self.num_islands, self.num_particles // self.num_islands, target.families
         if islands % families:
             raise ValueError(f"num_islands must be a multiple of the {families} data sets, got {islands}")
+        population = prior_population(target, self.num_particles, islands, self.prior_draws, generator)
+        q, fine = population.q, population.fine
+
+        self.stages, self.pareto_k = [], None
+        log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
         groups = max(islands, 2 * families)  # a lone island is tuned half from half
         floor = 0.0
         mover = Mover(
@@ -165,15 +173,16 @@ class SMC(Draws):
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:
             while beta < 1.0:
-                log_likelihood = fine.log_likelihood.nan_to_num(-torch.inf, torch.inf, -torch.inf)
-                log_likelihood = log_likelihood.reshape(islands, per_island)
+                rows = len(q) // islands
+                log_likelihood = usable(fine.log_likelihood).reshape(islands, rows)
                 _check_islands(log_likelihood)
-                beta_next = next_temperature(log_likelihood, beta, self.ess_threshold, families)
+                enough = per_island / rows
+                beta_next = next_temperature(log_likelihood, beta, self.ess_threshold, families, enough)
                 log_weight = (beta_next - beta) * log_likelihood.double()
-                log_evidence += log_weight.logsumexp(1) - math.log(per_island)
-                floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / self.num_particles
-                if beta == 0.0 and beta_next == 1.0 and families == 1:
-                    self.pareto_k = pareto_k(log_weight.flatten())
+                log_evidence += log_weight.logsumexp(1) - math.log(rows)
+                floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / len(q)
+                if beta == 0.0 and beta_next == 1.0:
+                    self.pareto_k = max(pareto_k(row) for row in log_weight.reshape(families, -1))
                 if beta == 0.0 and beta_next < FAR:
                     warnings.warn(
                         f"the first inverse temperature is {beta_next:.1g}, many will follow: the data are far from "
@@ -182,9 +191,13 @@ class SMC(Draws):
                     )
                 weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
                 metric = cross_fitted_metric(q, weight, groups, families)
-                index = systematic_resample(log_weight, generator)
-                index = (index + per_island * torch.arange(islands, device=q.device)[:, None]).flatten()
+                index = systematic_resample(log_weight, generator, per_island)
+                index = (index + rows * torch.arange(islands, device=q.device)[:, None]).flatten()
                 beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
+                if self.pareto_k is not None and suffices(log_weight, per_island, families, self.pareto_k):
+                    moved = mover.stay(q, fine)
+                    self.stages.append(moved.stage)
+                    break
                 try:
                     moved = mover.run(q, fine, beta, metric)
                 except Exception as error:
@@ -192,13 +205,14 @@ class SMC(Draws):
                         f"the model failed while particles moved at inverse temperature {beta:.3g} "
                         f"({type(error).__name__}: {error}); there are no posterior draws before it reaches 1"
                     ) from error
-                q, fine, stage = moved.state.q, moved.state.fine, moved.stage
+                q, fine, stage = moved.q, moved.fine, moved.stage
                 self.stages.append(stage)
                 bar.set_postfix_str(
                     f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
                     f"accept={stage.acceptance:.2f} moves={stage.moves}"
                 )
-        self.tuning = Tuning(mover.step_size, mover.length.length, target.level)
+        self.tuning = Tuning(mover.step_size, mover.length.length, moved.stage.level)
+        self.attributes = {"prior_draws": len(population.q)}
         self._finish(moved, log_evidence, math.sqrt(floor))
         return self
 
@@ -236,9 +250,9 @@ class SMC(Draws):
         ratio = (log_evidence - self.log_evidence).exp()
         spread = float(ratio.std() / math.sqrt(islands)) if islands > 1 else 0.0
         self.log_evidence_se = max(spread, floor)
-        state, info = moved.state, moved.info
-        self._positions = state.q.reshape(*shape, -1)
-        lp = state.fine.tempered(1.0)
+        info = moved.info
+        self._positions = moved.q.reshape(*shape, -1)
+        lp = moved.fine.tempered(1.0)
         self._stats = {
             "lp": lp,
             "energy": info.energy,
@@ -250,7 +264,7 @@ class SMC(Draws):
             "log_weight": (log_evidence - self.log_evidence).to(lp.dtype).repeat_interleave(shape[1]),
         }
         self._stats = {name: value.reshape(shape) for name, value in self._stats.items()}
-        self.attributes = {
+        self.attributes |= {
             "inference_method": "smc",
             "seed": self.seed,
             "log_evidence": self.log_evidence,

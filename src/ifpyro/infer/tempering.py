@@ -17,7 +17,9 @@ def effective_fraction(log_weight: Tensor) -> Tensor:
     return torch.where(squares > 0, total.square() / (squares * log_weight.shape[-1]).clamp_min(1e-38), 0.0)
 
 
-def next_temperature(log_likelihood: Tensor, beta: float, threshold: float, families: int = 1) -> float:
+def next_temperature(
+    log_likelihood: Tensor, beta: float, threshold: float, families: int = 1, enough: float = 1.0
+) -> float:
     """The largest inverse temperature at which the particles still carry weight.
 
     Bisection for ``ESS((beta' - beta) log L) / N = threshold``, averaged over islands (Jasra et al. 2011,
@@ -30,12 +32,14 @@ def next_temperature(log_likelihood: Tensor, beta: float, threshold: float, fami
         threshold: effective fraction to keep, in (0, 1), *of the particles that the likelihood allows*: those
             excluded are lost at any temperature above zero.
         families: equal runs of islands with different targets: each of them keeps this fraction.
+        enough: effective fraction, of all particles, that need not be exceeded: where there are more than needed.
     """
     allowed = (log_likelihood > -torch.inf).double().reshape(families, -1).mean(1)
+    least = (threshold * allowed).clamp_max(enough)
 
     def keeps(candidate: float) -> bool:
         fraction = effective_fraction((candidate - beta) * log_likelihood.double()).reshape(families, -1).mean(1)
-        return bool((fraction >= threshold * allowed).all())
+        return bool((fraction >= least).all())
 
     if keeps(1.0):
         return 1.0
