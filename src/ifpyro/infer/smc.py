@@ -182,7 +182,8 @@ class SMC(Draws):
                 log_evidence += log_weight.logsumexp(1) - math.log(rows)
                 floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / len(q)
                 if beta == 0.0 and beta_next == 1.0:
-                    self.pareto_k = max(pareto_k(row) for row in log_weight.reshape(families, -1))
+                    shapes = [pareto_k(row) for row in log_weight.reshape(families, -1)]
+                    self.pareto_k = max((k for k in shapes if not math.isnan(k)), default=math.nan)
                 if beta == 0.0 and beta_next < FAR:
                     warnings.warn(
                         f"the first inverse temperature is {beta_next:.1g}, many will follow: the data are far from "
