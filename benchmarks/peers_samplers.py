@@ -1,6 +1,8 @@
 """The samplers that peers_posterior.py sets against each other, each with a clock to report to."""
 
 import contextlib
+import math
+import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -16,11 +18,13 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import ifpyro
+import ifpyro.arviz  # its first import is no part of sampling
 from peers_reference import OBSERVED, trained_nsf, training_rows
 from posterior import Problem
 
 PARTICLES = {"moons": (2048, 8192), "scurve": (2048, 8192), "digits": (1024, 4096)}  # in four islands
 WARMUP = 60
+NSF = "Pyro NUTS, zuko NSF prior"
 
 
 class TimeIsUp(BaseException):
@@ -40,8 +44,10 @@ class Clock:
         self.start()
 
     def start(self) -> None:
-        """Count from here."""
+        """Count from here. A compiled call that goes on long after the time is up ends the process."""
         self.began = time.process_time()
+        limit = math.ceil(self.began + 1.1 * self.cap + 2)
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
     def tick(self) -> float:
         """Seconds so far.
@@ -101,14 +107,19 @@ def pyro_nuts(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
     _pyro(ifpyro.reparam(problem.model), "x_base", problem, clock, seed)
 
 
-def pyro_nuts_nsf(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
-    """The prior: a zuko NSF of standardised data (digits: of their logits), trained for 40 s beforehand."""
-    columns, noise = OBSERVED[name]
+def standardised_nsf(name: str) -> tuple[Any, Tensor, Tensor]:
+    """A trained zuko NSF of standardised data (digits: of their logits), their mean and standard deviation."""
     rows = training_rows(name)
     if name == "digits":
         rows = torch.logit(rows)
-    mean, sd = rows.mean(0), rows.std(0)
-    nsf = trained_nsf(name, (rows - mean) / sd)
+    mean, sd = rows.mean(0), rows.std(0).clamp_min(1e-6)
+    return trained_nsf(name, (rows - mean) / sd), mean, sd
+
+
+def pyro_nuts_nsf(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
+    """The prior: a zuko NSF, trained beforehand."""
+    columns, noise = OBSERVED[name]
+    nsf, mean, sd = standardised_nsf(name)
     clock.start()
 
     def to_x(v: Tensor) -> Tensor:
@@ -221,7 +232,7 @@ SAMPLERS: dict[str, Callable[..., None]] = {
     "ifpyro HMC in JAX": our_hmc_in_jax,
     "importance sampling": importance,
     "Pyro NUTS": pyro_nuts,
-    "Pyro NUTS, zuko NSF prior": pyro_nuts_nsf,
+    NSF: pyro_nuts_nsf,
     "NumPyro NUTS": jax_sampler("numpyro_nuts"),
     "BlackJAX ChEES": jax_sampler("blackjax_chees"),
     "BlackJAX tempered SMC": jax_sampler("blackjax_smc"),
