@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -78,6 +79,12 @@ class Gaussian:
         return rows.reshape(x.shape).float()
 
 
+@cache
+def gaussian_of(name: str) -> Gaussian:
+    """The Gaussian beside the flow of a name."""
+    return Gaussian(data(name, KINDS[name].rows, "train"))
+
+
 def flows(quick: bool) -> Iterator[tuple[str, ifpyro.InflationaryFlow]]:
     """The two flows that matter, or a small one barely trained."""
     for name in ("8-colour",) if quick else ("16", "32"):
@@ -102,8 +109,7 @@ def fit(quick: bool) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for name, flow in flows(quick):
         kind = KINDS[name]
-        patches = data(name, kind.rows, "train")
-        gaussian = Gaussian(patches)
+        gaussian, trained_on = gaussian_of(name), data(name, 1000, "train")
         training, numerics = flow.report["training"], flow.report["numerics"]
         draws = _sample(flow, 32 if quick else 1000)
         for part in HELD_OUT:
@@ -112,7 +118,7 @@ def fit(quick: bool) -> Iterator[str]:
             gain = (log_prob(flow, few) - gaussian.log_prob(few)) / (flow.latent_dim * math.log(2))
             with torch.no_grad():
                 power = flow.encode(few).square().mean(1)
-            distances = [energy_distance(x, rows) for x in (draws, gaussian.sample(1000), patches[:1000])]
+            distances = [energy_distance(x, rows) for x in (draws, gaussian.sample(1000), trained_on)]
             cells = [
                 f"{kind.size} x {kind.size}",
                 f"{training['seconds']:.0f}",
@@ -138,13 +144,13 @@ def reduced(quick: bool) -> Iterator[str]:
     yield "| patches | " + " | ".join(f"K = {k}" for k in LATENTS) + " |"
     yield "|---|" + "---|" * len(LATENTS)
     for name, flow in flows(quick):
-        gaussian = Gaussian(data(name, KINDS[name].rows, "train"))
-        x = data(name, 8 if quick else 128, "places", seed=2)
+        gaussian = gaussian_of(name)
+        x = data(name, 8 if quick else 64, "places", seed=2)
         total = (x.flatten(1) - gaussian.mean).square().sum()
         cells = []
         with torch.no_grad():
             z = flow.encode(x)
-            for k in LATENTS:
+            for k in LATENTS[: 3 if quick else None]:
                 ours, theirs = flow.decoder(k)(z[:, :k]), gaussian.first(x, k)
                 lost, by_pca = ((y - x).flatten(1).square().sum(1).double() for y in (ours, theirs))
                 ratio = lost.sum() / by_pca.sum()

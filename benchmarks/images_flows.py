@@ -38,7 +38,7 @@ KINDS = {
     "pair": Kind(2, False, 60_000, 20),
     "4-grey": Kind(4, False, 60_000, 30),
     "8-grey": Kind(8, False, 60_000, 40),
-    "8-colour": Kind(8, True, 60_000, 60, (32,)),
+    "8-colour": Kind(8, True, 60_000, 60),
     "16": Kind(16, True, 60_000, 900, (32,)),
     "32": Kind(32, True, 30_000, 900, (32, 64, 64), 4),
 }

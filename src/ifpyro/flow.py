@@ -70,7 +70,8 @@ class InflationaryFlow(nn.Module):
 
     Attributes:
         gradient_checkpointing: False by default. If set, gradients in ``x`` and ``z`` run every solver step a second
-            time instead of remembering its activations: one state a step is kept, whatever the network.
+            time instead of remembering its activations: one state a step is kept, whatever the network. In the gradient
+            of ``decode`` every evaluation within a step runs a third time, so that activations of one are ever held.
     """
 
     def __init__(
@@ -369,6 +370,9 @@ class InflationaryFlow(nn.Module):
         return recompute
 
     def _take(self, step: Step, y: Tensor) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # Within a step that runs again, every evaluation does: activations of one alone are ever held.
+            return take(lambda state, embedding: recompute(lambda v: self.velocity(v, embedding), state), step, y)
         if self._compiled_take is None or self.gradient_checkpointing or _is_wrapped(y):
             return take(self.velocity, step, y)
         return self._compiled_take(y, step.embedding, step.rate, step.tableau)

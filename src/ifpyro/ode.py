@@ -15,6 +15,7 @@ evaluated, and
 Tableaux: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (1993), section II.1 and table 5.2.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -135,7 +136,7 @@ def build_solver(velocity: Velocity, angles: Angles, grid: Grid, like: Tensor) -
     return Solver(to_data=backward, to_latent=forward)
 
 
-def take(velocity: Velocity, step: Step, y: Tensor) -> Tensor:
+def take(velocity: Callable[[Tensor, Tensor], Tensor], step: Step, y: Tensor) -> Tensor:
     """One Runge-Kutta step ``Phi(y)``; ``y`` of shape ``(n, D)``."""
     values: list[Tensor] = []
     for row, embedding in zip(step.tableau.a, step.embedding, strict=True):

@@ -1,7 +1,7 @@
 """Gradients that remember one state a step instead of every activation (gradient checkpointing).
 
-Griewank & Walther, Algorithm 799: revolve (2000); one level of it, with the solver's steps as segments. The backward
-pass runs each step again, so that the activations of one step alone are ever held.
+Griewank & Walther, Algorithm 799: revolve (2000), with the solver's steps as segments, and the evaluations of a step of
+the map as segments of those. The backward pass runs each of them again, so that the activations of one are ever held.
 """
 
 from collections.abc import Callable
