@@ -3,9 +3,10 @@
     python benchmarks/peers_density.py [--only moons ... digits] [--seconds 10 30] [--splits 3] [--quick] [--table]
 
 Five toy sets whose density is known (`ifpyro.datasets.paper`, 20,000 rows, 10,000 held out) and three tables (see
-density.py; split 60/20/20, means over splits). Ours goes first, with 0.85 of the budget for its steps, by the clock on
-the wall. Every other model then gets as many processor seconds as ours used in all, validation, set-up and the choice
-of our solver grid included; or the budget, where ours stopped early.
+density.py; split 60/20/20, means over splits). Ours goes first, with 0.85 of the budget for its steps; its limit is by
+the clock on the wall, and is longer where other work shares the core. Every other model then gets as many processor
+seconds as ours used in all, validation, set-up and the choice of our solver grid included; or the budget, where ours
+stopped early.
 
 Peers: zuko NSF, MAF and CNF (exact trace for scores, Hutchinson in training above 8 columns), Pyro spline coupling and
 spline autoregressive flows, three layers with reversed order between them; AdamW, rate 1e-3 falling as a cosine over
@@ -81,10 +82,9 @@ def load(name: str, seed: int) -> tuple[tuple[Tensor, ...], Any, float]:
 def compare(name: str, seconds: float, seed: int) -> dict[str, dict[str, float]]:
     """Mean held-out log-likelihood (tables: whitened units, digits as logits) and processor seconds of every model."""
     parts, support, exact = load(name, seed)
+    limit = 0.85 * seconds / share_of_a_core()
     began = time.process_time()
-    flow = ifpyro.fit(
-        parts[0], validation=parts[1], support=support, seed=seed, max_seconds=0.85 * seconds, progress=False
-    )
+    flow = ifpyro.fit(parts[0], validation=parts[1], support=support, seed=seed, max_seconds=limit, progress=False)
     took = time.process_time() - began
     granted = took if flow.report["training"]["stopped"] == "max_seconds" else max(took, seconds)
     score = float(scores(flow.log_prob, parts[2]).mean())
@@ -109,6 +109,14 @@ def compare(name: str, seconds: float, seed: int) -> dict[str, dict[str, float]]
             if label not in found or now["score"] > found[label]["score"]:
                 found[label] = now | {"space": space}
     return found
+
+
+def share_of_a_core() -> float:
+    """Processor seconds per second of this process, one if it is alone."""
+    x, wall, processor = torch.randn(128, 128), time.perf_counter(), time.process_time()
+    while time.perf_counter() - wall < 2.0:
+        x @ x
+    return min(1.0, (time.process_time() - processor) / (time.perf_counter() - wall))
 
 
 class PyroFlow(nn.Module):

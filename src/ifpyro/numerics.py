@@ -35,7 +35,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
     """
     x = x[: _affordable(rows, flow)]
     with torch.no_grad():
-        flow.grid = Grid(STEPS[-1] if flow.latent_dim <= EXACT_UP_TO else MOST_STEPS, POWERS[1])
+        flow.grid = Grid(MOST_STEPS, POWERS[1])  # of whatever accuracy, these are latents to decode from
         z = flow.encode(x)
         chosen, error = flow.grid, float("inf")
         for steps in STEPS:
