@@ -97,7 +97,7 @@ def cost(quick: bool) -> Iterator[str]:
 
 def decode_ratios(flow: ifpyro.InflationaryFlow, z: Tensor, repeats: int) -> tuple[float, float]:
     """Processor time of a decode over that of as many evaluations of the velocity, and of the network inside it."""
-    step = flow._solver(z).to_data[0]
+    step = flow.solver(z).to_data[0]
     embedding, count = step.embedding[0], flow.grid.evaluations
     network = flow.velocity.network
     image = z.reshape(-1, *flow.event_shape)
@@ -143,7 +143,7 @@ def _measure(name: str, case: str, rows: int) -> float:
 
 def _work(flow: ifpyro.InflationaryFlow, case: str, rows: int) -> None:
     z = torch.zeros(rows, flow.latent_dim).requires_grad_("gradient" in case or case == "checkpointed")
-    embedding = flow._solver(z.detach()).to_data[0].embedding[0]
+    embedding = flow.solver(z.detach()).to_data[0].embedding[0]
     if case == "network pass":
         with torch.no_grad():
             flow.velocity(z, embedding)

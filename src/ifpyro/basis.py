@@ -247,7 +247,10 @@ class Basis(nn.Module):
         return self.rotation.shape[1]
 
     def rotate(self, u: Tensor) -> Tensor:
-        """From columns to axes, ``u W``, for ``u`` of shape ``(..., D)``."""
+        """From columns to axes, ``u W``, for ``u`` of shape ``(..., D)``; in full precision under autocast too."""
+        if _under_autocast(u):
+            with torch.autocast(u.device.type, enabled=False):
+                return self.rotate(u.to(self.scale.dtype))
         if self.principal == self.dim:
             return u @ self.rotation
         if self.principal == 0:
@@ -255,7 +258,10 @@ class Basis(nn.Module):
         return (u - ((u @ self._mirror) @ self._core) @ self._mirror.T) * self._sign
 
     def rotate_back(self, a: Tensor) -> Tensor:
-        """From axes to columns, ``a W^T``, for ``a`` of shape ``(..., D)``."""
+        """From axes to columns, ``a W^T``, for ``a`` of shape ``(..., D)``; in full precision under autocast too."""
+        if _under_autocast(a):
+            with torch.autocast(a.device.type, enabled=False):
+                return self.rotate_back(a.to(self.scale.dtype))
         if self.principal == self.dim:
             return a @ self.rotation.T
         if self.principal == 0:
@@ -287,6 +293,11 @@ def kind_for(kind: str, dim: int) -> str:
     if kind != "auto":
         return kind
     return "pca" if dim <= PCA_UP_TO else "low_rank" if dim <= LOW_RANK_UP_TO else "identity"
+
+
+def _under_autocast(u: Tensor) -> bool:
+    device = u.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _signs(axes: Tensor) -> Tensor:

@@ -19,35 +19,29 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Transform, constraints
+from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 
+from . import rescaled
 from .basis import Basis
+from .compiled import compile_step, try_compiled
+from .estimate import LogProbEstimate, estimate_log_prob, log_normal
 from .fidelity import current_fidelity
-from .inverse import invert
-from .ode import (
-    Grid,
-    Solver,
-    Step,
-    Tableau,
-    build_solver,
-    solve_adaptive,
-    take,
-    take_with_log_det,
-    take_with_probes,
-)
-from .recompute import recompute
+from .log_det import EXACT_UP_TO
+from .mixture import mixture_parts
+from .ode import Grid, Solver, Step, solve_adaptive, take
+from .precision import Autocast
 from .schedule import Angles, Schedule
-from .support import unconstrained_to
-from .velocity import GaussianMixtureVelocity, Velocity
+from .solvers import SolverCache, is_wrapped, weights_of
+from .solving import in_parts, solve_to_data, solve_to_latent
+from .support import bijection_of, from_free, to_free
+from .velocity import Velocity
 
 if TYPE_CHECKING:
     import pyro.distributions as dist
 
     from .prior import FlowTransform
     from .reconstruction import Decoder
-
-EXACT_UP_TO = 128  # axes; beyond, one Jacobian an evaluation costs more than a trained flow's own accuracy is worth
 
 
 class InflationaryFlow(nn.Module):
@@ -72,6 +66,11 @@ class InflationaryFlow(nn.Module):
         gradient_checkpointing: False by default. If set, gradients in ``x`` and ``z`` run every solver step a second
             time instead of remembering its activations: one state a step is kept, whatever the network. In the gradient
             of ``decode`` every evaluation within a step runs a third time, so that activations of one are ever held.
+        exact_up_to: axes up to which log-determinants are exact, 128 by default. Beyond, they are estimated with signs
+            that are the same in every call (see :mod:`ifpyro.log_det`).
+        autocast: None by default. A dtype such as ``torch.bfloat16`` evaluates a single-precision flow's network in it,
+            on devices where that is fast; states stay as they are. Positions and round trips are then good to about its
+            precision, times what the network moves.
     """
 
     def __init__(
@@ -101,10 +100,11 @@ class InflationaryFlow(nn.Module):
         self.angles: Angles = schedule.angles(basis.scale)
         velocity.attach(basis, self.angles)
         self.gradient_checkpointing = False
-        self._compiled_take: Callable[..., Tensor] | None = None
-        self._solvers: dict[Any, Solver] = {}
-        self._solved_state: tuple[Any, ...] = ()
-        self._solved_weights: list[Tensor] = []
+        self.exact_up_to = EXACT_UP_TO
+        self.autocast: torch.dtype | None = None
+        self.compiled_take: Callable[[Step, Tensor], Tensor] | None = None
+        self.compiled_autocast: torch.dtype | None = None
+        self._solvers = SolverCache()
         self.eval()
         self.requires_grad_(False)
 
@@ -131,25 +131,8 @@ class InflationaryFlow(nn.Module):
             options: as for :class:`InflationaryFlow`.
         """
         schedule = schedule or Schedule.details_first()
-        w, m, cov = weights.double(), means.double(), covariances.double()
-        if m.ndim != 2 or cov.shape != (*m.shape, m.shape[-1]) or w.shape != m.shape[:1]:
-            raise ValueError(
-                "a mixture expects weights (K,), means (K, D) and covariances (K, D, D), got "
-                f"{tuple(w.shape)}, {tuple(m.shape)}, {tuple(cov.shape)}"
-            )
-        w = w / w.sum()
-        mean = w @ m
-        centred = m - mean
-        covariance = torch.einsum("k,kij->ij", w, cov + centred.unsqueeze(-1) * centred.unsqueeze(-2))
-        exact = Basis.from_moments(mean, covariance, m)
-        unit = exact.rotation / exact.scale
-        velocity = GaussianMixtureVelocity(
-            w.to(means),
-            exact.to_standard(m).to(means),
-            (unit.T @ cov @ unit).to(means),
-            schedule.angles(exact.scale),
-        )
-        return cls(exact.to(means.dtype), schedule, velocity, **options)
+        basis, velocity = mixture_parts(weights, means, covariances, schedule)
+        return cls(basis, schedule, velocity, **options)
 
     # -- shapes, dtypes, devices ------------------------------------------------------------------------------------
 
@@ -170,33 +153,66 @@ class InflationaryFlow(nn.Module):
 
     # -- the map ----------------------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor) -> Tensor:
+    def encode(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Latent ``z`` of data ``x``: the inverse of :meth:`decode`, to rounding.
+
+        Args:
+            x: data, ``(*batch, *event_shape)``.
+            batch_size: most rows that are solved at once, here and in what follows: it bounds memory.
 
         Raises:
             ValueError: on a wrong event shape.
             TypeError: on a wrong dtype or device.
         """
-        return self._to_latent(x, with_log_det=False)[0]
+        return self._to_latent(x, False, batch_size)[0]
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Data ``x`` of latents ``z``."""
-        return self._to_data(z, with_log_det=False)[0]
+        return self._to_data(z, False, batch_size)[0]
 
-    def encode_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_and_log_det(self, x: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """``z`` and ``log|det dz/dx|`` (shape ``(*batch,)``), in one solve."""
-        return self._to_latent(x, with_log_det=True)
+        return self._to_latent(x, True, batch_size)
 
-    def decode_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def decode_and_log_det(self, z: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """``x`` and ``log|det dx/dz|`` (shape ``(*batch,)``), in one solve."""
-        return self._to_data(z, with_log_det=True)
+        return self._to_data(z, True, batch_size)
 
-    def log_prob(self, x: Tensor) -> Tensor:
+    def log_prob(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
         r"""Log-density ``log N(z; 0, I) + log|det dz/dx|`` in nats, shape ``(*batch,)``."""
-        z, log_det = self.encode_and_log_det(x)
-        return _log_normal(z) + log_det
+        z, log_det = self.encode_and_log_det(x, batch_size=batch_size)
+        return log_normal(z) + log_det
 
-    def sample(self, shape: Sequence[int] | int = (), *, seed: int | None = None) -> Tensor:
+    def log_prob_estimate(
+        self,
+        x: Tensor,
+        *,
+        probes: int = 24,
+        method: str = "hutchinson",
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> LogProbEstimate:
+        """Log-density of many axes with its standard error; exact, as :meth:`log_prob`, up to ``exact_up_to`` axes.
+
+        Args:
+            x: data, ``(*batch, *event_shape)``.
+            probes: products of the Jacobian at every evaluation of the velocity.
+            method: ``"hutchinson"``, or ``"hutch++"``, which pays where the Jacobian has a few dominant directions
+                (see :mod:`ifpyro.log_det`).
+            seed: of the random vectors, which differ from row to row.
+            batch_size: most rows at once.
+
+        Returns:
+            ``value`` and ``standard_error``, each ``(*batch,)``, without gradients.
+
+        Raises:
+            ValueError: on an unknown method, or too few probes to have a spread.
+        """
+        return estimate_log_prob(self, x, probes, method, seed, batch_size)
+
+    def sample(
+        self, shape: Sequence[int] | int = (), *, seed: int | None = None, batch_size: int | None = None
+    ) -> Tensor:
         """Draws of shape ``(*shape, *event_shape)``; ``seed`` makes them repeatable."""
         shape = (shape,) if isinstance(shape, int) else tuple(shape)
         generator = torch.Generator(self.device)
@@ -206,7 +222,7 @@ class InflationaryFlow(nn.Module):
             generator.manual_seed(seed)
         z = torch.randn(*shape, self.latent_dim, generator=generator, dtype=self.dtype, device=self.device)
         with torch.no_grad():
-            return self.decode(z)
+            return self.decode(z, batch_size=batch_size)
 
     def decoder(self, k: int) -> "Decoder":
         """A map from the first ``k`` latents to data, the remaining latents at their mean, zero.
@@ -225,10 +241,7 @@ class InflationaryFlow(nn.Module):
         return Decoder(self, k)
 
     def trajectory(self, x: Tensor, steps: int = 32) -> tuple[Tensor, Tensor]:
-        """The path of ``x`` through the paper's rescaled coordinates.
-
-        The rescaling ``A(t) = cos theta_1(t)``, common to all axes, keeps the leading axis at its own scale: in a
-        preserving flow the whole covariance then stays constant; in a reducing flow the compressed axes shrink.
+        """The path of ``x`` through the paper's rescaled coordinates (see :mod:`ifpyro.rescaled`).
 
         Args:
             x: data, ``(*batch, *event_shape)``.
@@ -237,14 +250,8 @@ class InflationaryFlow(nn.Module):
         Returns:
             Angles' times ``(steps + 1,)`` and positions ``(steps + 1, *batch, latent_dim)`` in the eigenbasis.
         """
-        v, batch = self._standardise(x)[:2]
-        solver = self._solver(v, replace(self.grid, steps=steps))
-        states = [v]
-        for step in solver.to_latent:
-            states.append(take(self.velocity, step, states[-1]))
-        times = replace(self.grid, steps=steps).times()
-        sd = self._rescaled_sd(times).to(v).unsqueeze(1)
-        return times, (torch.stack(states) * sd).unflatten(1, batch)
+        times, path = rescaled.trajectory(self, x, replace(self.grid, steps=steps))
+        return times, path.unflatten(1, x.shape[: x.ndim - len(self.event_shape)])
 
     def participation_ratio(self, t: Tensor | None = None) -> Tensor:
         """The dimension ``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance, at times ``t`` (1 by default).
@@ -252,14 +259,13 @@ class InflationaryFlow(nn.Module):
         Source: de Albuquerque & Pearson 2024, section 3; constant in a preserving flow.
         """
         t = torch.ones(1, dtype=torch.double) if t is None else torch.as_tensor(t, dtype=torch.double)
-        variance = self._rescaled_sd(t).square()
-        return (variance.sum(-1) ** 2 / variance.square().sum(-1)).squeeze()
+        return rescaled.participation_ratio(self, t).squeeze()
 
     def compile(self, *, rows: int = 64, **options: Any) -> float:  # type: ignore[override]
         """Compile the solver step of :meth:`decode` and of its gradient, for this session; needs a C++ compiler.
 
         Results agree with those of the uncompiled flow to rounding. Log-determinants, ``encode``, calls inside
-        torch.func and gradient checkpointing stay uncompiled.
+        torch.func, gradient checkpointing and, until the next call, another ``autocast`` stay uncompiled.
 
         Args:
             rows: batch size with which it is tried; other sizes share the compiled code (one row compiles anew).
@@ -272,20 +278,12 @@ class InflationaryFlow(nn.Module):
             RuntimeError: from torch, if the compiler is missing or fails; the flow then stays uncompiled.
         """
 
-        def compiled(y: Tensor, embedding: tuple[Tensor, ...], rate: tuple[Tensor, ...], tableau: Tableau) -> Tensor:
-            return take(self.velocity, Step(tableau, embedding, rate), y)
-
         began = time.perf_counter()
-        self._compiled_take = torch.compile(compiled, **{"dynamic": True, **options})
-        z = torch.zeros(rows, self.latent_dim, dtype=self.dtype, device=self.device)
+        self.compiled_take, self.compiled_autocast = compile_step(self.evaluated_velocity(), options), self.autocast
         try:
-            with torch.no_grad():
-                self.decode(z)
-            with torch.enable_grad():
-                z.requires_grad_(True)
-                torch.autograd.grad(self.decode(z).sum(), z)
+            try_compiled(self.decode, torch.zeros(rows, self.latent_dim, dtype=self.dtype, device=self.device))
         except Exception:
-            self._compiled_take = None
+            self.compiled_take = None
             raise
         return time.perf_counter() - began
 
@@ -315,9 +313,24 @@ class InflationaryFlow(nn.Module):
 
     def decode_standard(self, z: Tensor, grid: Grid) -> Tensor:
         """The solve alone, on any grid: latents ``(n, D)`` to standardised coordinates ``v``."""
-        for step in self._solver(z, grid).to_data:
-            z = take(self.velocity, step, z)
+        velocity = self.evaluated_velocity()
+        for step in self.solver(z, grid).to_data:
+            z = take(velocity, step, z)
         return z
+
+    def standardise(self, x: Tensor, with_log_det: bool = False) -> tuple[Tensor, torch.Size, Tensor | float]:
+        """Standardised coordinates ``v`` of data, ``(n, D)``; the batch shape; and the support's log-determinant."""
+        self._check(x, self.event_shape, "x")
+        free, inside = to_free(x, self.support, self.event_shape, with_log_det)
+        return self.basis.to_standard(free.reshape(-1, self.latent_dim)), free.shape[:-1], inside
+
+    def solver(self, like: Tensor, grid: Grid | None = None) -> Solver:
+        """The steps of a grid, that of the current fidelity by default, for states like a tensor."""
+        return self._solvers.get(self.velocity, self.angles, grid or self._current_grid(), like)
+
+    def evaluated_velocity(self) -> Velocity:
+        """The velocity in the precision in which it is evaluated."""
+        return self.velocity if self.autocast is None else Autocast(self.velocity, self.autocast)
 
     def solve_adaptive(
         self, state: Tensor, *, to_data: bool, rtol: float = 1e-6, atol: float = 1e-6, log_det: bool = False
@@ -327,146 +340,43 @@ class InflationaryFlow(nn.Module):
 
     # -- internals --------------------------------------------------------------------------------------------------
 
-    def _to_data(self, z: Tensor, *, with_log_det: bool) -> tuple[Tensor, Tensor]:
+    def _to_data(self, z: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
         self._check(z, torch.Size([self.latent_dim]), "z")
         batch = z.shape[:-1]
-        y = z.reshape(-1, self.latent_dim)
-        log_det = self.basis.log_det().expand(len(y)) if with_log_det else y.new_zeros(())
-        probes = self._probes(y) if with_log_det else None
-        run = self._runner()
-        for step in self._solver(y).to_data:
-            if with_log_det:
-                y, part = run(partial(self._take_with_log_det, step, probes=probes), y)
-                log_det = log_det + part
-            else:
-                y = run(partial(self._take, step), y)
-        x, bijection_log_det = self._unstandardise(y, batch, with_log_det)
-        return x, log_det.reshape(batch) + bijection_log_det if with_log_det else log_det
+        solve = partial(solve_to_data, self, with_log_det=with_log_det)
+        v, log_det = in_parts(solve, z.reshape(-1, self.latent_dim), batch_size)
+        free = self.basis.from_standard(v).reshape(*batch, self.latent_dim)
+        x, inside = from_free(free, self.support, self.event_shape, with_log_det)
+        return x, log_det.reshape(batch) + self.basis.log_det() + inside if with_log_det else log_det
 
-    def _to_latent(self, x: Tensor, *, with_log_det: bool) -> tuple[Tensor, Tensor]:
-        y, batch, bijection_log_det = self._standardise(x, with_log_det)
-        log_det = self.basis.log_det().expand(len(y)) if with_log_det else y.new_zeros(())
-        probes = self._probes(y) if with_log_det else None
-        solver = self._solver(y)
-        iterations = self.refinements + (2 if self.dtype == torch.double else 0)
-        newton = self.latent_dim <= EXACT_UP_TO
-        run = self._runner()
-        for step, guess in zip(reversed(solver.to_data), solver.to_latent, strict=True):
-            y = run(partial(invert, self.velocity, step, guess, iterations=iterations, newton=newton), y)
-            if with_log_det:
-                log_det = log_det + run(partial(self._take_with_log_det, step, probes=probes), y)[1]
-        z = y.reshape(*batch, self.latent_dim)
-        return z, -(log_det.reshape(batch) + bijection_log_det) if with_log_det else log_det
-
-    def _runner(self) -> Callable[..., Any]:
-        """How a step is called: plainly, or so that its gradient runs it again."""
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return _call
-        if any(w.requires_grad or _is_wrapped(w) for w in self._weights()):
-            raise ValueError(
-                "gradient checkpointing differentiates in x and z alone: it expects frozen weights, but some require "
-                "gradients; call flow.requires_grad_(False), or set flow.gradient_checkpointing = False"
-            )
-        return recompute
-
-    def _take(self, step: Step, y: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # Within a step that runs again, every evaluation does: activations of one alone are ever held.
-            return take(lambda state, embedding: recompute(lambda v: self.velocity(v, embedding), state), step, y)
-        if self._compiled_take is None or self.gradient_checkpointing or _is_wrapped(y):
-            return take(self.velocity, step, y)
-        return self._compiled_take(y, step.embedding, step.rate, step.tableau)
-
-    def _take_with_log_det(self, step: Any, y: Tensor, probes: Tensor | None) -> tuple[Tensor, Tensor]:
-        if probes is None:
-            return take_with_log_det(self.velocity, step, y)
-        return take_with_probes(self.velocity, step, y, probes)
-
-    def _probes(self, y: Tensor) -> Tensor | None:
-        if self.latent_dim <= EXACT_UP_TO:
-            return None
-        # The same signs for every row and every call: a log-density that is a fixed function, as an accept step needs.
-        generator = torch.Generator(y.device).manual_seed(0)
-        shape = (8, 1, self.latent_dim)
-        signs = torch.randint(0, 2, shape, generator=generator, device=y.device)
-        return (2.0 * signs - 1.0).to(y.dtype).expand(-1, len(y), -1)
-
-    def _standardise(self, x: Tensor, with_log_det: bool = False) -> tuple[Tensor, torch.Size, Tensor | float]:
-        self._check(x, self.event_shape, "x")
-        batch = x.shape[: x.ndim - len(self.event_shape)]
-        bijection = self.bijection()
-        if bijection is None:
-            flat = x.reshape(-1, self.latent_dim)
-            return self.basis.to_standard(flat), batch, 0.0
-        free = bijection.inv(x)
-        log_det = self._bijection_log_det(bijection, free, x) if with_log_det else 0.0
-        return self.basis.to_standard(free.reshape(-1, self.latent_dim)), batch, log_det
-
-    def _unstandardise(self, y: Tensor, batch: torch.Size, with_log_det: bool) -> tuple[Tensor, Tensor | float]:
-        free = self.basis.from_standard(y)
-        bijection = self.bijection()
-        if bijection is None:
-            return free.reshape(*batch, *self.event_shape), 0.0
-        free = free.reshape(*batch, *bijection.inverse_shape(self.event_shape))
-        x = bijection(free)
-        return x, self._bijection_log_det(bijection, free, x) if with_log_det else 0.0
+    def _to_latent(self, x: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
+        v, batch, inside = self.standardise(x, with_log_det)
+        solve = partial(solve_to_latent, self, with_log_det=with_log_det)
+        z, log_det = in_parts(solve, v, batch_size)
+        z = z.reshape(*batch, self.latent_dim)
+        return z, -(log_det.reshape(batch) + self.basis.log_det() + inside) if with_log_det else log_det
 
     def bijection(self) -> Transform | None:
         """From unconstrained space onto the support, or None for real data."""
-        if self.support is None or self.support is constraints.real:
-            return None
-        return unconstrained_to(self.support)
-
-    def _bijection_log_det(self, bijection: Transform, free: Tensor, x: Tensor) -> Tensor:
-        log_det = bijection.log_abs_det_jacobian(free, x)
-        # What torch leaves to be summed is what its result has beyond the batch: a stack's declared event axes do not
-        # say, because torch does not sum over the stacked axis.
-        extra = log_det.ndim - (x.ndim - len(self.event_shape))
-        return log_det.flatten(-extra).sum(-1) if extra else log_det
-
-    def _solver(self, like: Tensor, grid: Grid | None = None) -> Solver:
-        grid = grid or self._current_grid()
-        weights = self._weights()
-        if any(w.requires_grad or _is_wrapped(w) for w in weights):
-            return build_solver(self.velocity, self.angles, grid, like)  # of this call alone: never shared
-        # A network that was trained on, or replaced, has other embeddings.
-        state = tuple((w.data_ptr(), w._version) for w in weights)
-        if state != self._solved_state:
-            self._solvers.clear()
-            # Storage is told apart by its address, so it is kept alive for as long as the embeddings are.
-            self._solved_state, self._solved_weights = state, [w.detach() for w in weights]
-        key = (grid, like.dtype, like.device)
-        if key not in self._solvers:
-            # A plain tensor stands for `like`, which may be a wrapper of torch.func that must not outlive its call.
-            with torch.no_grad():
-                plain = torch.empty(0, dtype=like.dtype, device=like.device)
-                self._solvers[key] = build_solver(self.velocity, self.angles, grid, plain)
-        return self._solvers[key]
+        return bijection_of(self.support)
 
     def map_state(self) -> tuple[Any, ...]:
         """What the map depends on besides its argument: a remembered result holds while this compares equal."""
-        weights = [*self.basis.buffers(), *self._weights()]
-        if any(_is_wrapped(w) for w in weights):
+        weights = [*self.basis.buffers(), *weights_of(self.velocity)]
+        if any(is_wrapped(w) for w in weights):
             return (object(),)  # weights of one vmapped call equal no others
         return (
             self._current_grid(),
-            self.refinements,
+            (self.refinements, self.exact_up_to, self.autocast),
             torch.is_grad_enabled() and any(w.requires_grad for w in weights),
             tuple((w.dtype, w.device, w.data_ptr(), w._version) for w in weights),
         )
-
-    def _weights(self) -> list[Tensor]:
-        return _tensors_of(self.velocity)
 
     def _current_grid(self) -> Grid:
         level = current_fidelity()
         if level == "fine":
             return self.grid
         return replace(self.grid, steps=self.coarse_steps if level == "coarse" else level)
-
-    def _rescaled_sd(self, t: Tensor) -> Tensor:
-        theta = self.angles(t)
-        return self.basis.scale.double().cpu() * theta[..., :1].cos() / theta.cos()
 
     def _check(self, value: Tensor, event: torch.Size, name: str) -> None:
         if not isinstance(value, Tensor):
@@ -495,30 +405,8 @@ class InflationaryFlow(nn.Module):
         return result
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten: dict[str, Any] = {"_solvers": {}, "_solved_state": (), "_solved_weights": [], "_compiled_take": None}
-        return {**self.__dict__, **forgotten}
+        return {**self.__dict__, "compiled_take": None}
 
     def extra_repr(self) -> str:
         """Event shape, latent dimension and solver."""
         return f"event_shape={tuple(self.event_shape)}, latent_dim={self.latent_dim}, grid={self.grid}"
-
-
-def _tensors_of(module: nn.Module) -> list[Tensor]:
-    """Parameters and buffers: what torch's own iterators yield, without their names, which take longer than a step."""
-    own = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
-    for child in module._modules.values():
-        if child is not None:
-            own += _tensors_of(child)
-    return own
-
-
-def _call(function: Callable[[Tensor], Any], y: Tensor) -> Any:
-    return function(y)
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
-
-
-def _log_normal(z: Tensor) -> Tensor:
-    return -0.5 * (z.square().sum(-1) + z.shape[-1] * float(np.log(2 * np.pi)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .fidelity import fidelity
-from .flow import EXACT_UP_TO, InflationaryFlow
+from .flow import InflationaryFlow
 from .ode import Grid
 
 STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
@@ -46,7 +46,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
             if error <= tolerance:
                 break
         flow.grid = chosen
-        exact = flow.latent_dim <= EXACT_UP_TO  # an estimated log-density has an error of its own
+        exact = flow.latent_dim <= flow.exact_up_to  # an estimated log-density has an error of its own
         while exact and flow.grid.steps < MOST_STEPS and _log_prob_error(flow, x) > LOG_PROB * tolerance:
             flow.grid = replace(chosen, steps=flow.grid.steps + 2)
         chosen = flow.grid
@@ -65,7 +65,8 @@ def measure(flow: InflationaryFlow, x: Tensor) -> dict[str, Any]:
 
     Returns:
         ``evaluations`` of one decode; ``doubling_rmse`` in standard deviations; ``log_prob_error``, the mean absolute
-        difference of the log-density to that with twice the steps, in nats; ``round_trip_rmse`` of
+        difference of the log-density to that with twice the steps, in nats (where densities are estimates, with their
+        own error); ``round_trip_rmse`` of
         ``decode(encode(x)) - x`` in standard deviations and of ``encode(decode(z)) - z``.
     """
     with torch.no_grad():

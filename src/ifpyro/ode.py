@@ -163,27 +163,28 @@ def take_with_jacobian(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tenso
     return _move(y, step, step.tableau.b, values), _combine(eye, step.tableau.b, tangents)
 
 
-def take_with_probes(velocity: Velocity, step: Step, y: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
-    """One step and a Hutchinson estimate of its share of the log-determinant, ``sum_i b_i (-h) tr(theta' F')``.
+Trace = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From stage, state ``(n, D)``, embedding and rate: ``F``, and estimates ``(p, n)`` of the trace of rate ``* F'``."""
 
-    Unlike :func:`take_with_log_det` this is the quadrature of the divergence (Grathwohl et al. 2019, eq. 8): it costs
-    one Jacobian-vector product a probe instead of ``D``, has variance from the probes, and agrees with the map's
-    own log-determinant up to the solver's order.
+
+def take_with_traces(step: Step, y: Tensor, trace: Trace) -> tuple[Tensor, Tensor]:
+    """One step and estimates ``(p, n)`` of its share of the log-determinant, ``sum_i b_i (-h) tr(theta' F')``.
+
+    Unlike :func:`take_with_log_det` this is the quadrature of the divergence (Grathwohl et al. 2019, eq. 8), which
+    agrees with the map's own log-determinant up to the solver's order.
 
     Args:
-        velocity: the flow's velocity.
         step: the step to take.
         y: states, ``(n, D)``.
-        probes: ``(p, n, D)`` with identity second moment, kept fixed by the caller for as long as the result must be a
-            deterministic function.
+        trace: evaluates the velocity and estimates the trace.
     """
     values: list[Tensor] = []
-    log_det = y.new_zeros(y.shape[:-1])
+    total = y.new_zeros(())
     for i, row in enumerate(step.tableau.a):
-        value, products = velocity.with_products(_move(y, step, row, values), step.embedding[i], probes)
+        value, estimates = trace(i, _move(y, step, row, values), step.embedding[i], step.rate[i])
         values.append(value)
-        log_det = log_det + step.tableau.b[i] * (probes * step.rate[i] * products).sum(-1).mean(0)
-    return _move(y, step, step.tableau.b, values), log_det
+        total = total + step.tableau.b[i] * estimates
+    return _move(y, step, step.tableau.b, values), total
 
 
 def velocity_and_jacobian(velocity: Velocity, y: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:

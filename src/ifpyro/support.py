@@ -64,6 +64,49 @@ def unconstrained_to(support: Constraint) -> Transform:
     return biject_to(support)
 
 
+def bijection_of(support: Constraint | None) -> Transform | None:
+    """From unconstrained space onto the support, or None for real data."""
+    return None if support is None or support is constraints.real else unconstrained_to(support)
+
+
+def to_free(
+    x: Tensor, support: Constraint | None, event_shape: torch.Size, with_log_det: bool
+) -> tuple[Tensor, Tensor | float]:
+    """Data ``(*batch, *event_shape)`` in unconstrained space, flattened.
+
+    Returns:
+        ``(*batch, D)``, and ``log|det dx/dfree|`` of the bijection, ``(*batch,)``, zero if it is not wanted.
+    """
+    batch = x.shape[: x.ndim - len(event_shape)]
+    bijection = bijection_of(support)
+    if bijection is None:
+        return x.reshape(*batch, event_shape.numel()), 0.0
+    free = bijection.inv(x)
+    log_det = _log_det(bijection, free, x, len(event_shape)) if with_log_det else 0.0
+    return free.reshape(*batch, bijection.inverse_shape(event_shape).numel()), log_det
+
+
+def from_free(
+    free: Tensor, support: Constraint | None, event_shape: torch.Size, with_log_det: bool
+) -> tuple[Tensor, Tensor | float]:
+    """The inverse of :func:`to_free`, with the same log-determinant."""
+    batch = free.shape[:-1]
+    bijection = bijection_of(support)
+    if bijection is None:
+        return free.reshape(*batch, *event_shape), 0.0
+    free = free.reshape(*batch, *bijection.inverse_shape(event_shape))
+    x = bijection(free)
+    return x, _log_det(bijection, free, x, len(event_shape)) if with_log_det else 0.0
+
+
+def _log_det(bijection: Transform, free: Tensor, x: Tensor, event_dim: int) -> Tensor:
+    log_det = bijection.log_abs_det_jacobian(free, x)
+    # What torch leaves to be summed is what its result has beyond the batch: a stack's declared event axes do not
+    # say, because torch does not sum over the stacked axis.
+    extra = log_det.ndim - (x.ndim - event_dim)
+    return log_det.flatten(-extra).sum(-1) if extra else log_det
+
+
 def outside(support: Constraint, x: Tensor) -> Tensor:
     """Indices of the rows of ``x`` (shape ``(N, *event)``) that are not strictly inside the support.
 

@@ -1,0 +1,164 @@
+"""Parts of a batch, reduced precision, memory layouts, and accelerators where there are any."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import ifpyro
+from denoisers_zoo import exact_denoiser
+from flows_zoo import latents, mixture_flow, mlp_flow, samples
+from ifpyro import InflationaryFlow, Schedule
+from ifpyro.basis import Basis
+from ifpyro.images import ImageVelocity
+from ifpyro.ode import Grid
+
+cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+class Convolutions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 3, 3, padding=1)
+
+    def forward(self, image, time):
+        return self.last(torch.tanh(self.first(image) + (time / 1000).view(-1, 1, 1, 1)))
+
+
+def image_flow(kind="low_rank"):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 3, 4, 1, generator=generator) + 0.5 * torch.randn(300, 3, 4, 4, generator=generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = ImageVelocity(Convolutions(), (3, 4, 4))
+    basis = Basis.choose(x.flatten(1), kind)
+    return InflationaryFlow(basis, Schedule.details_first(), network, event_shape=(3, 4, 4), grid=Grid(6))
+
+
+def test_batches_in_parts():
+    flow = mlp_flow(6, torch.double, event_shape=(2, 3), grid=Grid(5))
+    z = latents(flow, 3, 5)
+    x, log_det = flow.decode_and_log_det(z)
+    seen = []
+    handle = flow.velocity.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    torch.testing.assert_close(flow.decode(z, batch_size=4), x, rtol=0, atol=1e-12)
+    assert set(seen) == {4, 3}
+    handle.remove()
+    for found, expected in zip(flow.decode_and_log_det(z, batch_size=4), (x, log_det), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(flow.encode(x, batch_size=4), flow.encode(x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(flow.log_prob(x, batch_size=4), flow.log_prob(x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(flow.sample((7,), seed=3, batch_size=2), flow.sample((7,), seed=3))
+    leaf = z.clone().requires_grad_()
+    flow.decode(leaf, batch_size=4).sum().backward()
+    assert leaf.grad.abs().min() > 0
+    assert flow.decode(z[:0], batch_size=4).shape == (0, 5, 2, 3)
+    for bad in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="batch_size expects a positive integer"):
+            flow.encode(x, batch_size=bad)
+
+
+@pytest.mark.parametrize("kind", ["pca", "low_rank", "identity"])
+def test_reduced_precision_keeps_states_in_full(kind):
+    flow = image_flow(kind)
+    z = latents(flow, 8)
+    full, (_, log_det) = flow.decode(z), flow.decode_and_log_det(z)
+    effect = float((full.flatten(1) - flow.basis.from_standard(z)).abs().max())
+    flow.autocast = torch.bfloat16
+    x, reduced_log_det = flow.decode_and_log_det(z)
+    assert x.dtype == reduced_log_det.dtype == torch.float32
+    error = float((x - full).abs().max())
+    assert 1e-6 < error < 0.02 * effect, (error, effect)  # eight bits of the network's part, not of the whole
+    assert float((reduced_log_det - log_det).abs().max()) < 0.05
+    torch.testing.assert_close(flow.decode(z), x)
+    torch.testing.assert_close(flow.decode(flow.encode(x)), x, rtol=0, atol=0.02)
+    flow.autocast = None
+    assert torch.equal(flow.decode(z), full)
+
+
+def test_reduced_precision_of_a_denoiser_and_of_a_multilayer_perceptron():
+    denoiser = ifpyro.from_denoiser(nn_denoiser(), (0.01, 50.0), event_shape=(3,), grid=Grid(6))
+    for flow in (denoiser, mlp_flow(5, torch.float32, grid=Grid(6))):
+        z = latents(flow, 20)
+        full = flow.decode(z)
+        flow.autocast = torch.bfloat16
+        error = (flow.decode(z) - full).square().mean().sqrt() / full.std()
+        assert 1e-6 < float(error) < 0.05
+
+
+def nn_denoiser():
+    class Small(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 16), nn.Linear(16, 3)
+
+        def forward(self, x, sigma):
+            sigma = sigma.unsqueeze(-1)
+            inner = self.last(torch.tanh(self.first(x / (1 + sigma**2).sqrt())))
+            return x / (1 + sigma**2) + sigma / (1 + sigma**2).sqrt() * inner
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Small()
+
+
+def test_channels_last():
+    flow = image_flow()
+    z = latents(flow, 6)
+    x, log_prob = flow.decode(z), flow.log_prob(flow.decode(z))
+    seen = []
+    flow.to(memory_format=torch.channels_last)
+    flow.velocity.network.last.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-5)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-3)
+
+
+# -- accelerators ---------------------------------------------------------------------------------------------------
+
+
+@cuda
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["mixture", "network", "image", "denoiser"])
+def test_a_flow_moves_to_the_accelerator(name):
+    flow = {
+        "mixture": lambda: mixture_flow(3, torch.float32),
+        "network": lambda: mlp_flow(4, torch.float32),
+        "image": image_flow,
+        "denoiser": lambda: ifpyro.from_denoiser(
+            exact_denoiser(2, torch.float32), (0.02, 400.0), event_shape=(2,), sigma_data=1.5, grid=Grid(8)
+        ),
+    }[name]()
+    z = latents(flow, 12)
+    x, log_prob = flow.decode(z), flow.log_prob(flow.decode(z))
+    there = copy.deepcopy(flow).to("cuda")
+    found = there.decode(z.cuda())
+    assert found.device.type == "cuda"
+    torch.testing.assert_close(found.cpu(), x, rtol=0, atol=2e-3)
+    torch.testing.assert_close(there.log_prob(found).cpu(), log_prob, rtol=0, atol=2e-2)
+    torch.testing.assert_close(there.encode(found).cpu(), z, rtol=0, atol=2e-3)
+    assert there.sample(5, seed=0).device.type == "cuda"
+    there.exact_up_to = 1
+    assert (there.log_prob_estimate(found, probes=12, method="hutch++").standard_error >= 0).all()
+
+
+@cuda
+@pytest.mark.cuda
+def test_reduced_precision_and_layout_on_the_accelerator():
+    flow = image_flow().to("cuda")
+    z = latents(flow, 16).cuda()
+    full = flow.decode(z)
+    flow.autocast = torch.bfloat16
+    flow.to(memory_format=torch.channels_last)
+    x = flow.decode(z, batch_size=8)
+    assert x.dtype == torch.float32
+    assert 0 < float((x - full).abs().max()) < 0.05
+
+
+@cuda
+@pytest.mark.cuda
+def test_training_on_the_accelerator():
+    flow = ifpyro.fit(samples(3, rows=400), max_steps=20, seed=0, progress=False, device="cuda")
+    assert flow.device.type == "cuda"
+    assert flow.log_prob(flow.sample(4, seed=0)).isfinite().all()
