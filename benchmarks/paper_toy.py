@@ -52,8 +52,7 @@ def toys(quick: bool) -> Iterator[str]:
     yield ""
     yield (
         f"Most training samples seen by a flow: {seen:,}. The paper's reference code integrates these sets with 701 to "
-        "1501 Euler steps. What the flat sets lack is one axis: the network's velocity along the uniform one, the "
-        "weakest signal, stays zero, a saddle that some seeds and axis orders leave and others do not."
+        "1501 Euler steps."
     )
 
 
