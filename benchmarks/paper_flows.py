@@ -18,9 +18,9 @@ from results import CACHE
 
 TRAIN_SEED, TEST_SEED = 1, 2
 ROWS, HELD_OUT = 200_000, 20_000
-TOY_STEPS = 8_000  # of training
+TOY_STEPS = 6_000  # of training
 TOY_OPTIONS: dict[str, dict[str, Any]] = {
-    "sine": {"max_steps": 24_000, "network": {"waves": 3}},  # four periods and two edges, mixed by the rotation
+    "sine": {"max_steps": 20_000, "network": {"waves": 2}},  # four periods and two edges, mixed by the rotation
     **{name: {"max_steps": 3_000} for name in ("S-curve", "swirl", "S-curve, flat", "swirl, flat")},
 }
 QUICK_STEPS = 20

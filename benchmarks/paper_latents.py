@@ -15,7 +15,7 @@ GAPS = (0.5, 1.0, 1.25)  # a gap of 1.5 ends closer to pi/2 than double precisio
 KEPT = (2, 8, 16, 32)  # dimensions
 SCHEDULES = ("preserving", "reducing", *(f"details first, p = {p:g}" for p in (0.5, 1, 1.5, 2, 3)))
 FEW = ("preserving", "reducing", "details first, p = 1", "details first, p = 2")
-SEEDS = {"digits, pixels": (0, 1), "breast cancer": (0, 1), "wine": (0, 1)}
+SEEDS = {"digits, pixels": (0, 1, 2), "breast cancer": (0, 1), "wine": (0, 1)}
 
 # -- the inflation gap, and the number of kept axes ------------------------------------------------------------------
 

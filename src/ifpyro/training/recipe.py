@@ -51,7 +51,15 @@ class Recipe:
         if rows >= 5_000:
             return cls(rate=2e-3, time_power=3.0, matrix_rate=0.02) if dim <= 8 else cls(rate=2e-3)
         if rows >= 500:
-            return cls(max_steps=6_000, batch=256, shared=4, rate=2e-3, patience=1_000, check_every=100)
+            return cls(
+                max_steps=6_000,
+                batch=256,
+                shared=4,
+                rate=2e-3,
+                weight_decay=0.3,
+                patience=1_000,
+                check_every=100,
+            )
         return cls(max_steps=1_500, batch=256, shared=4, rate=1e-3, patience=600, check_every=50)
 
 
