@@ -25,7 +25,7 @@ bench:
 	$(MAKE) VENV=.venv-bench bench-here
 
 BENCHMARKS := density peers_density posterior peers_posterior truth_mixture numerics solvers throughput \
-  paper images calibration_sbc calibration_weights calibration_latent calibration_patients
+  paper images denoisers precision calibration_sbc calibration_weights calibration_latent calibration_patients
 
 bench-here: $(VENV)/bench.installed
 	for part in $(BENCHMARKS); do OMP_NUM_THREADS=1 $(BIN)/python benchmarks/$$part.py || exit 1; done

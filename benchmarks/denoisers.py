@@ -1,10 +1,11 @@
 """Pretrained denoisers as flows: one network trained under every parametrisation, beside a flow trained directly.
 
-    python benchmarks/denoisers.py [--seconds 45] [--only fit edm epsilon v x0 flow azula]
+    python benchmarks/denoisers.py [--steps 1500] [--only fit edm epsilon v x0 flow azula] [--train]
 
 Moons, 20,000 points, whose exact density is known. Every denoiser is the same residual network trained by the recipe of
 its own literature (Adam, annealed, moving average), as any other library would have; ``ifpyro.from_denoiser`` then
-makes it a flow. Means are over 5,000 held-out points. And the estimates of the log-density of many axes: their errors
+makes it a flow. Means are over 5,000 held-out points. Trained networks are kept in ``benchmarks/.cache``; ``--train``
+stops after that. And the estimates of the log-density of many axes: their errors
 and standard errors on a flow of the 64 pixels of digits, where the exact value can still be had.
 """
 
@@ -16,9 +17,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from scipy import stats
 from sklearn.datasets import load_digits, make_moons
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 import ifpyro
 from results import CACHE, RESULTS, machine, show, write_section
@@ -114,14 +117,13 @@ KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
 }
 
 
-def train(network: Any, x: Tensor, seconds: float) -> nn.Module:
-    """Adam on random batches for a given time, the rate annealed to zero, and the moving average of the weights."""
+def train(network: Any, x: Tensor, steps: int) -> nn.Module:
+    """Adam on random batches, the rate annealed to zero, and the moving average of the weights."""
     generator = torch.Generator().manual_seed(0)
     optimiser = torch.optim.Adam(network.parameters(), 2e-3)
     average = copy.deepcopy(network)
-    began = time.perf_counter()
-    while (share := (time.perf_counter() - began) / seconds) < 1:
-        optimiser.param_groups[0]["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * share))
+    for step in tqdm(range(steps)):
+        optimiser.param_groups[0]["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
         rows = x[torch.randint(0, len(x), (BATCH,), generator=generator)]
         optimiser.zero_grad()
         network.loss(rows, generator).backward()
@@ -132,23 +134,42 @@ def train(network: Any, x: Tensor, seconds: float) -> nn.Module:
     return average
 
 
-def moons(names: list[str], seconds: float, lines: list[str]) -> None:
+def trained(name: str, x: Tensor, steps: int) -> Any:
+    """A denoiser from the cache, or from training."""
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / f"denoisers-{name}-{steps}.safetensors"
+    torch.manual_seed(0)
+    network = KINDS[name][0]()
+    if not path.exists():
+        save_file(train(network, x, steps).state_dict(), path)
+    network.load_state_dict(load_file(path))
+    return network
+
+
+def direct(name: str, x: Tensor, steps: int) -> ifpyro.InflationaryFlow:
+    """A flow trained by this library, from the cache or from training."""
+    CACHE.mkdir(exist_ok=True)
+    path = CACHE / f"denoisers-{name}-{steps}.safetensors"
+    if not path.exists():
+        ifpyro.fit(x, seed=0, max_steps=steps).save(path)
+    return ifpyro.load(path)
+
+
+def moons(names: list[str], steps: int, only_train: bool, lines: list[str]) -> None:
     """The table of parametrisations."""
     x = torch.as_tensor(make_moons(20_000, noise=NOISE, random_state=0)[0], dtype=torch.float32)
     test = torch.as_tensor(make_moons(5_000, noise=NOISE, random_state=1)[0], dtype=torch.float32)
     mean, sd = x.mean(0), x.std(0)
     exact = ifpyro.datasets.moons(NOISE).log_prob(test) + sd.log().sum()
     white, held_out = (x - mean) / sd, (test - mean) / sd
-    show(lines, f"## Denoisers trained elsewhere, as flows: moons, {seconds:.0f} s of training each\n")
+    show(lines, f"## Denoisers trained elsewhere, as flows: moons, {steps} steps of {BATCH} points each\n")
     show(lines, "| network | nats below exact | standard error | evaluations | round trip | latent variance |")
     show(lines, "|---|---|---|---|---|---|")
     for name in names:
-        torch.manual_seed(0)
-        if name == "fit":
-            flow = ifpyro.fit(white, seed=0, max_seconds=seconds, progress=False)
-        else:
-            make, options = KINDS[name]
-            flow = ifpyro.from_denoiser(train(make(), white, seconds), samples=held_out[:2000], **options)
+        source = direct("fit", white, steps) if name == "fit" else trained(name, white, steps)
+        if only_train:
+            continue
+        flow = source if name == "fit" else ifpyro.from_denoiser(source, samples=held_out[:2000], **KINDS[name][1])
         with torch.no_grad():
             gap = exact - flow.log_prob(held_out)
             variance = float(flow.encode(held_out).square().mean())
@@ -160,15 +181,11 @@ def moons(names: list[str], seconds: float, lines: list[str]) -> None:
         )
 
 
-def estimates(seconds: float, lines: list[str]) -> None:
+def estimates(steps: int, lines: list[str]) -> None:
     """Errors of the estimated log-density against the exact one, on the 64 pixels of digits."""
-    path = CACHE / "denoisers-digits.safetensors"
     pixels = torch.as_tensor(load_digits().data, dtype=torch.float32)
     pixels = pixels + torch.rand(pixels.shape, generator=torch.Generator().manual_seed(0))
-    if not path.exists():
-        CACHE.mkdir(exist_ok=True)
-        ifpyro.fit(pixels[:1500], seed=0, max_seconds=seconds, progress=False).save(path)
-    flow = ifpyro.load(path)
+    flow = direct("digits", pixels[:1500], steps)
     x = pixels[1500:1564]
     with torch.no_grad():
         exact = flow.log_prob(x)
@@ -200,15 +217,18 @@ def estimates(seconds: float, lines: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=45.0, help="of training each (default: %(default)s)")
-    parser.add_argument("--only", nargs="*", default=["fit", *KINDS], choices=["fit", *KINDS])
+    parser.add_argument("--steps", type=int, default=1500, help="of training each (default: %(default)s)")
+    names = ["fit", *KINDS]
+    parser.add_argument("--only", nargs="*", default=names, choices=names)
+    parser.add_argument("--train", action="store_true", help="train and keep what is missing, measure nothing")
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines: list[str] = []
-    moons(options.only, options.seconds, lines)
-    estimates(options.seconds, lines)
-    show(lines, f"\n`python benchmarks/denoisers.py`; seed 0; {machine('azula')}")
-    write_section(RESULTS, "denoisers", lines)
+    moons(options.only, options.steps, options.train, lines)
+    if not options.train:
+        estimates(options.steps, lines)
+        show(lines, f"\n`python benchmarks/denoisers.py`; seed 0; {machine('azula')}")
+        write_section(RESULTS, "denoisers", lines)
 
 
 if __name__ == "__main__":

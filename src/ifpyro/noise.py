@@ -175,6 +175,7 @@ def noise_from_dict(data: dict[str, Any], given: Noise | None) -> Noise:
     if not isinstance(given, Continuous) or not np.allclose(given.to_dict()["ratios"], data["ratios"], rtol=1e-6):
         raise ValueError(
             "expected the denoiser with the noise schedule it had when the flow was saved (sigma / alpha "
-            f"{data['ratios'][0]:.6g} to {data['ratios'][-1]:.6g}), got another one or none"
+            f"{data['ratios'][0]:.6g} to {data['ratios'][-1]:.6g}), got another one or none; a network without "
+            "one can carry it as its attribute 'schedule'"
         )
     return given

@@ -1,5 +1,6 @@
 """Pretrained denoisers as flows, without training: :func:`from_denoiser`."""
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -89,7 +90,9 @@ def from_denoiser(
     shape = _event_shape(shape, event_shape, x)
     velocity = DenoiserVelocity(network, path, predicts, shape, rescale, reference)
     like = _like(network, x)
-    axes = basis if isinstance(basis, Basis) else _axes(basis, x, shape, velocity, mean, sigma_data, like)
+    axes = (
+        copy.deepcopy(basis) if isinstance(basis, Basis) else _axes(basis, x, shape, velocity, mean, sigma_data, like)
+    )
     axes = axes.to(like)
     schedule = schedule or _whole_range(path, axes.scale)
     flow = InflationaryFlow(axes, schedule, velocity.to(like), event_shape=shape, grid=grid)
