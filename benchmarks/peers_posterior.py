@@ -23,7 +23,6 @@ warm-up that outlasts the cap gives no draw.
 
 import argparse
 import json
-import math
 import multiprocessing
 import queue
 import traceback
@@ -155,20 +154,22 @@ def verdict(results: dict[str, dict[str, Any]]) -> str:
     def soonest(chosen: list[str]) -> tuple[float, str]:
         """Seconds, and whether that is only a bound."""
         times = [(results[p]["right 0.02"], "") for p in chosen if results[p].get("right 0.02") is not None]
-        return min(times, default=(max((results[p]["cap"] for p in chosen), default=math.nan), "more than "))
+        return min(times, default=(max(results[p]["cap"] for p in chosen), "more than "))
 
-    ours = soonest([p for p in results if p in OURS])
-    if ours[1]:
+    ours = [p for p in results if p in OURS]
+    if not ours or soonest(ours)[1]:
         return "Ours is not right within 2% in its time."
-    parts = []
+    best = soonest(ours)[0]
+    parts = [f"Ours is right within 2% after {best:.1f} s"]
     for label, chosen in (
         ("the best installed peer", [p for p in results if p not in (*OURS, *WITHOUT_PACKAGE)]),
         ("importance sampling from the prior", [p for p in results if p == "importance sampling"]),
         ("our HMC in JAX", [p for p in results if p == "ifpyro HMC in JAX"]),
     ):
-        seconds, bound = soonest(chosen)
-        parts.append(f"{label} needs {bound}{seconds / ours[0]:.1f} times as long")
-    return f"Ours is right within 2% after {ours[0]:.1f} s; {', '.join(parts)}."
+        if chosen:
+            seconds, bound = soonest(chosen)
+            parts.append(f"{label} needs {bound}{seconds / best:.1f} times as long")
+    return f"{'; '.join(parts)}."
 
 
 if __name__ == "__main__":

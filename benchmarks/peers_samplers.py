@@ -22,7 +22,7 @@ import ifpyro.arviz  # its first import is no part of sampling
 from peers_reference import OBSERVED, trained_nsf, training_rows
 from posterior import Problem
 
-PARTICLES = {"moons": (2048, 8192), "scurve": (2048, 8192), "digits": (1024, 4096)}  # in four islands
+PARTICLES = {"moons": (2048, 4096), "scurve": (2048, 4096), "digits": (1024, 4096)}  # in four islands
 WARMUP = 60
 NSF = "Pyro NUTS, zuko NSF prior"
 

@@ -19,11 +19,11 @@ averaged over pixels. Means over problems, ranges in brackets.
 """
 
 import argparse
-import itertools
+import json
 import math
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -34,138 +34,62 @@ from azula.linalg.covariance import IsotropicCovariance
 from azula.noise import VPSchedule
 from azula.sample import DDPMSampler
 from torch import Tensor
-from torch.distributions import MultivariateNormal
 
 import ifpyro
 from ifpyro.velocity import Velocity
-from results import RESULTS, machine, write_section
+from results import CACHE, RESULTS, machine, write_section
+from truth_problems import DIM, MATRICES, NOISE, Mixture, Problem, make_prior, make_problem, sample
 
-DIM, COMPONENTS, NOISE, DRAWS = 16, 6, 0.1, 512
-
-
-class Mixture(NamedTuple):
-    """A Gaussian mixture: weights ``(K,)``, means ``(K, D)``, covariances ``(K, D, D)``."""
-
-    weights: Tensor
-    means: Tensor
-    covariances: Tensor
-
-    def shares(self, x: Tensor) -> Tensor:
-        """Mean posterior probability of every component over draws ``x``."""
-        parts = MultivariateNormal(self.means, self.covariances).log_prob(x[:, None]) + self.weights.log()
-        return torch.softmax(parts, -1).mean(0)
-
-    def observe(self, matrix: Tensor, y: Tensor) -> tuple["Mixture", Tensor]:
-        """The posterior given ``y = matrix x + NOISE n``, and every component's log-evidence."""
-        cross = self.covariances @ matrix.T
-        seen = matrix @ cross + NOISE**2 * torch.eye(len(y)).to(y)
-        gain = torch.linalg.solve(seen, cross.mT).mT
-        residual = y - self.means @ matrix.T
-        evidence = MultivariateNormal(torch.zeros_like(residual), seen).log_prob(residual)
-        weights = torch.softmax(self.weights.log() + evidence, 0)
-        covariances = self.covariances - gain @ cross.mT
-        covariances = 0.5 * (covariances + covariances.mT)
-        return Mixture(weights, self.means + (gain @ residual[..., None])[..., 0], covariances), evidence
-
-
-class Problem(NamedTuple):
-    """An observation and what is known about it."""
-
-    y: Tensor
-    forward: Callable[[Tensor], Tensor]
-    matrix: Tensor
-    signs_lost: bool
-    posterior: Mixture
+DRAWS = 512
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=list(MATRICES), choices=list(MATRICES))
     parser.add_argument("--problems", type=int, default=2)
-    parser.add_argument("--quick", action="store_true", help="one problem, nothing written")
+    parser.add_argument("--quick", action="store_true", help="one problem of each kind, nothing written")
+    parser.add_argument("--table", action="store_true", help="only make the table again")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = [
-        "## Exact truth: posteriors under a Gaussian mixture prior\n",
-        "| problem | sampler | evaluations a draw | seconds | sliced Wasserstein | weights' error | coverage of 90% |",
-        "|---" * 7 + "|",
-    ]
     prior = make_prior()
-    for name in options.only:
+    for name in [] if options.table else options.only:
         rows: dict[str, list[tuple[float, ...]]] = {}
         for seed in range(1 if options.quick else options.problems):
             for label, row in solve(prior, make_problem(prior, name, seed), seed).items():
                 rows.setdefault(label, []).append(row)
                 print(name, seed, label, ", ".join(f"{v:.3f}" for v in row), flush=True)
-        for label, values in rows.items():
-            lines.append(f"| {name} | {label} | {cells(values)} |")
-    lines.append(f"\n`python benchmarks/truth_mixture.py`; seeds 0, 1, ...; {machine('azula', 'pyro-ppl')}")
-    print("\n".join(lines))
+        if not options.quick:
+            CACHE.mkdir(exist_ok=True)
+            (CACHE / f"truth-{name}.json").write_text(json.dumps(rows))
     if not options.quick:
+        lines = table()
+        print("\n".join(lines))
         write_section(RESULTS, "truth", lines)
 
 
+def table() -> list[str]:
+    """One line a kind of problem and sampler, from all that is in the cache."""
+    lines = [
+        "## Exact truth: posteriors under a Gaussian mixture prior\n",
+        "| problem | sampler | evaluations a draw | seconds | sliced Wasserstein | weights' error | coverage of 90% |",
+        "|---" * 7 + "|",
+    ]
+    for name in MATRICES:
+        path = CACHE / f"truth-{name}.json"
+        if path.exists():
+            for label, values in json.loads(path.read_text()).items():
+                lines.append(f"| {name} | {label} | {cells(values)} |")
+    lines.append(f"\n`python benchmarks/truth_mixture.py`; seeds 0, 1, ...; {machine('azula', 'pyro-ppl')}")
+    return lines
+
+
 def cells(values: list[tuple[float, ...]]) -> str:
+    """Means over problems, and ranges of the figures."""
     columns = list(zip(*values, strict=True))
     parts = [f"{sum(columns[0]) / len(values):.0f}", f"{sum(columns[1]) / len(values):.1f}"]
     for column in columns[2:]:
         parts.append(f"{sum(column) / len(column):.3f} [{min(column):.3f}, {max(column):.3f}]")
     return " | ".join(parts)
-
-
-# -- problems ----------------------------------------------------------------------------------------------------------
-
-
-def make_prior() -> Mixture:
-    """Separated components of unlike shapes, at about unit variance."""
-    generator = torch.Generator().manual_seed(0)
-    means = 0.9 * torch.randn(COMPONENTS, DIM, generator=generator, dtype=torch.double)
-    factors = 0.15 * torch.randn(COMPONENTS, DIM, 6, generator=generator, dtype=torch.double)
-    covariances = factors @ factors.mT + 0.02 * torch.eye(DIM).double()
-    weights = torch.tensor([0.3, 0.2, 0.2, 0.1, 0.1, 0.1], dtype=torch.double)
-    return Mixture(weights, means, covariances)
-
-
-def _tomography() -> Tensor:
-    pixels = torch.arange(DIM).reshape(4, 4)
-    rays = [*pixels, *pixels.T, pixels.diagonal(), pixels.flip(1).diagonal()]
-    matrix = torch.zeros(len(rays), DIM, dtype=torch.double)
-    for k, ray in enumerate(rays):
-        matrix[k, ray] = 0.5
-    return matrix
-
-
-def _directions() -> Tensor:
-    m = torch.randn(6, DIM, generator=torch.Generator().manual_seed(1), dtype=torch.double)
-    return m / m.norm(dim=1, keepdim=True)
-
-
-MATRICES: dict[str, Callable[[], Tensor]] = {
-    "in-painting": lambda: torch.eye(DIM, dtype=torch.double)[::2],
-    "tomography": _tomography,
-    "phase": _directions,
-}
-
-
-def make_problem(prior: Mixture, name: str, seed: int) -> Problem:
-    """A draw of the prior, observed."""
-    matrix, signs_lost = MATRICES[name](), name == "phase"
-    generator = torch.Generator().manual_seed(10 + seed)
-    k = int(torch.multinomial(prior.weights, 1, generator=generator))
-    x = prior.means[k] + torch.linalg.cholesky(prior.covariances[k]) @ torch.randn(DIM, generator=generator).double()
-    y = matrix @ x + NOISE * torch.randn(len(matrix), generator=generator).double()
-    if not signs_lost:
-        return Problem(y, lambda v: v @ matrix.to(v).T, matrix, False, prior.observe(matrix, y)[0])
-    y = y.abs()
-    found = [prior.observe(matrix, y * torch.tensor(s).double()) for s in itertools.product((-1.0, 1.0), repeat=len(y))]
-    weights = torch.softmax(torch.stack([e + prior.weights.log() for _, e in found]).flatten(), 0)
-    keep = weights > 1e-6
-    mixture = Mixture(
-        weights[keep] / weights[keep].sum(),
-        torch.cat([m.means for m, _ in found])[keep],
-        torch.cat([m.covariances for m, _ in found])[keep],
-    )
-    return Problem(y, lambda v: (v @ matrix.to(v).T).abs(), matrix, True, mixture)
 
 
 # -- samplers ----------------------------------------------------------------------------------------------------------
@@ -229,7 +153,7 @@ def solve(prior: Mixture, problem: Problem, seed: int) -> dict[str, tuple[float,
             pyro.sample("y", dist.Normal(mean, NOISE).to_event(1), obs=y)
 
     generator = torch.Generator().manual_seed(1000 + seed)
-    add("exact draws", sample(problem.posterior, generator), 0, time.process_time())
+    add("exact draws", sample(problem.posterior, generator, DRAWS), 0, time.process_time())
     began = time.process_time()
     smc = ifpyro.SMC(model, DRAWS, seed=seed, progress=False)
     smc.run(problem.y)
@@ -287,16 +211,10 @@ def guided(prior: Mixture, problem: Problem, steps: int) -> dict[str, list[Calla
 # -- figures -----------------------------------------------------------------------------------------------------------
 
 
-def sample(mixture: Mixture, generator: torch.Generator, num: int = DRAWS) -> Tensor:
-    k = torch.multinomial(mixture.weights, num, True, generator=generator)
-    noise = torch.randn(num, DIM, 1, generator=generator, dtype=torch.double)
-    return mixture.means[k] + (torch.linalg.cholesky(mixture.covariances)[k] @ noise)[..., 0]
-
-
 def figures(problem: Problem, x: Tensor, seed: int) -> tuple[float, float, float]:
     """Sliced Wasserstein-2, error of the weights, exact probability of the draws' central 90% intervals."""
     generator = torch.Generator().manual_seed(2000 + seed)
-    exact = sample(problem.posterior, generator)
+    exact = sample(problem.posterior, generator, DRAWS)
     directions = torch.randn(DIM, 256, generator=generator, dtype=torch.double)
     directions = directions / directions.norm(dim=0)
     a, b = (torch.sort(v @ directions, 0).values for v in (x, exact))
