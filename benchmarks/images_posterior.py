@@ -95,6 +95,11 @@ def posterior(quick: bool) -> Iterator[str]:
                 yield f"| {task.name} | {part} | {prior} | {cells(scores)} | {took} |"
             if not quick:
                 picture(f"{task.name}-{part}.png", kind.size, task, x, y, draws, mean)
+    if not quick:
+        yield ""
+        for task in tasks(kind.size):
+            yield f"![{task.name}](pictures/{task.name}-places.png)"
+            yield ""
 
 
 def observed(name: str, task: Task, part: str, count: int) -> tuple[Tensor, Tensor]:
@@ -155,9 +160,7 @@ def by_gaussian(flow: ifpyro.InflationaryFlow, operator: Tensor, y: Tensor, coun
 
 
 def picture(name: str, size: int, task: Task, x: Tensor, y: Tensor, draws: Tensor, gaussian: Tensor) -> None:
-    """Twelve patches: truth, what is seen, the two posterior means, two draws, the posterior's standard deviation."""
-    import matplotlib.pyplot as plt
-
+    """Twelve patches: truth, what is seen, the two posterior means, and two draws."""
     seen = torch.full_like(x, torch.nan)
     where = task.operator.abs().argmax(1) if len(task.operator) < x.shape[1] else slice(None)
     seen[:, where] = y
@@ -170,6 +173,13 @@ def picture(name: str, size: int, task: Task, x: Tensor, y: Tensor, draws: Tenso
         "another": draws[:, 1],
     }
     show_patches(rows, size)
+    save_picture(name)
+
+
+def save_picture(name: str) -> None:
+    """Keep the picture that was drawn last."""
+    import matplotlib.pyplot as plt
+
     PICTURES.mkdir(exist_ok=True)
     plt.savefig(PICTURES / name, dpi=110, bbox_inches="tight")
     plt.close()

@@ -48,8 +48,8 @@ china, flower = load_sample_images().images
 edge = 3 * china.shape[1] // 4
 train = patches(china[:, :edge], 1_000 if SMOKE else 30_000, SIZE, seed=0)
 validation = patches(china[: china.shape[0] // 2, edge:], 50 if SMOKE else 2_000, SIZE, seed=1)
-held_out = patches(china[china.shape[0] // 2 :, edge:], 24, SIZE, seed=2)
-elsewhere = patches(flower, 24, SIZE, seed=3)
+held_out = patches(china[china.shape[0] // 2 :, edge:], 16, SIZE, seed=2)
+elsewhere = patches(flower, 12, SIZE, seed=3)
 
 # %% [markdown]
 # ## The prior
@@ -211,7 +211,7 @@ class Denoiser(torch.nn.Module):
 torch.manual_seed(0)
 denoiser = Denoiser()
 optimiser = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
-steps = 5 if SMOKE else 2_000
+steps = 5 if SMOKE else 1_200
 annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 for _ in range(steps):
     x = small[torch.randint(len(small), (64,))]
@@ -229,7 +229,7 @@ for _ in range(steps):
 # work the same way.
 
 # %%
-borrowed = ifpyro.from_denoiser(denoiser, (0.002, 20.0), samples=small[: 200 if SMOKE else 2_000], tolerance=1e-2)
+borrowed = ifpyro.from_denoiser(denoiser, (0.002, 20.0), samples=small[: 200 if SMOKE else 1_000], tolerance=1e-2)
 print(borrowed)
 print(borrowed.report["denoiser"])
 others = patches(china[china.shape[0] // 2 :, edge:], 12, 8, seed=5)
