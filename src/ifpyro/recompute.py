@@ -35,5 +35,20 @@ class _Recomputed(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (y,) = ctx.saved_tensors
+        if not torch.is_grad_enabled() and not any(_is_wrapped(v) for v in (y, *gradients)):
+            # Nobody differentiates again: buffers are freed on the way back, which torch.func's product keeps.
+            with torch.enable_grad():
+                leaf = y.detach().requires_grad_(True)
+                value = ctx.function(leaf)
+            outputs = value if isinstance(value, tuple) else (value,)
+            pairs = [(v, g) for v, g in zip(outputs, gradients, strict=True) if v.requires_grad]
+            if not pairs:
+                return None, torch.zeros_like(y)
+            values, cotangents = zip(*pairs, strict=True)
+            return None, torch.autograd.grad(values, leaf, cotangents)[0]
         value, pull_back = torch.func.vjp(ctx.function, y)  # type: ignore[misc]
         return None, pull_back(gradients if isinstance(value, tuple) else gradients[0])[0]
+
+
+def _is_wrapped(tensor: Tensor) -> bool:
+    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
