@@ -236,8 +236,8 @@ animate("S-curve", "reducing", "reducing.gif")
 #
 # `ifpyro.fit` uses `Schedule.details_first()` unless told otherwise, with the same noise on every axis (`power=1`): in
 # [benchmarks/paper.md](../benchmarks/paper.md) it reconstructs tables and pixels from few latents better than the
-# paper's two schedules (in logits the reducing order is ahead for one and two
-# latents). [What a latent means](06_what_a_latent_means.ipynb) goes on from here.
+# paper's two schedules (but in logits the reducing order is ahead for up to eight latents, and on wine for eight).
+# [What a latent means](06_what_a_latent_means.ipynb) goes on from here.
 
 # %%
 wave = datasets.sine(noise=0.05)
