@@ -1,11 +1,11 @@
 """Error of a decode by evaluations: the flow's Runge-Kutta grids beside multistep and exponential integrators.
 
-    python benchmarks/solvers.py [--only moons digits]
+    python benchmarks/solvers.py [--only moons scurve digits]
 
-Trained flows of posterior.py (moons and digits), 256 latents, root-mean-square difference from the same flow solved
-with 256 steps of dopri5, in standard deviations. Every method gets the best of four grids (``t = u^p``, p of 1, 1.5, 2,
-3). *AB2*, *AB4*: Adams-Bashforth, one evaluation a step, started by Runge-Kutta steps (Hairer, Norsett & Wanner 1993,
-section III.1), with coefficients for uneven steps. *2M*: the second-order multistep exponential integrator on the
+Trained flows of posterior.py (moons, S-curve and digits), 256 latents, root-mean-square difference from the same flow
+solved with 256 steps of dopri5, in standard deviations. Every method gets the best of four grids (``t = u^p``, p of 1,
+1.5, 2, 3). *AB2*, *AB4*: Adams-Bashforth, one evaluation a step, started by Runge-Kutta steps (Hairer, Norsett & Wanner
+1993, section III.1), with coefficients for uneven steps. *2M*: the second-order multistep exponential integrator on the
 prediction of the data (DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095, algorithm 2), per axis.
 """
 
@@ -26,7 +26,7 @@ POWERS = (1.0, 1.5, 2.0, 3.0)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=["moons", "digits"], choices=["moons", "digits"])
+    parser.add_argument("--only", nargs="*", default=list(posterior.PROBLEMS), choices=list(posterior.PROBLEMS))
     options = parser.parse_args()
     torch.set_num_threads(1)
     lines = ["## Solvers: error of a decode by number of evaluations\n"]
