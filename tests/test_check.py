@@ -178,8 +178,8 @@ def test_inverse_that_does_not_invert():
 
 def test_wrong_log_determinant(mixture):
     class Wrong(InflationaryFlow):
-        def encode_and_log_det(self, x):
-            z, log_det = super().encode_and_log_det(x)
+        def encode_and_log_det(self, x, **options):
+            z, log_det = super().encode_and_log_det(x, **options)
             return z, log_det + 0.1
 
     flow, x = mixture
