@@ -1,6 +1,7 @@
 """Tempered SMC: weights and temperatures, evidence and posterior against exact answers, bad input."""
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from scipy import stats
 
 from exact_densities import BIASES, PROBLEMS, GaussianMixture, conjugate, statistics, two_modes
 from ifpyro.infer import SMC
+from ifpyro.infer.diagnostics import pareto_k
 from ifpyro.infer.moves import WORTH_JUMPING
 from ifpyro.infer.population import START, prior_population, suffices
 from ifpyro.infer.target import Target
@@ -127,6 +129,13 @@ def test_prior_draws_that_carry_the_weight_need_no_move():
     copies = torch.unique(smc.positions().flatten(0, 1), dim=0)
     assert len(copies) > 0.85 * 2048
     assert bool((smc.sample_stats()["n_steps"] == 0).all())
+
+
+def test_the_shape_of_short_tails_is_found_quietly():
+    """Weights of bounded likelihoods over many prior draws: ArviZ's candidates for the shape overflow."""
+    draws = torch.randn(40_000, generator=generator(), dtype=torch.float64)
+    with warnings.catch_warnings(action="error"):
+        assert pareto_k(-0.5 * ((draws - 0.3) / 0.2).square()) < 0
 
 
 def test_one_prior_draw_a_particle_is_the_textbook_algorithm():
