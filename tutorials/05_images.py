@@ -211,11 +211,11 @@ class Denoiser(torch.nn.Module):
 torch.manual_seed(0)
 denoiser = Denoiser()
 optimiser = torch.optim.Adam(denoiser.parameters(), lr=2e-3)
-steps = 5 if SMOKE else 1_200
+steps = 5 if SMOKE else 4_000
 annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
 for _ in range(steps):
     x = small[torch.randint(len(small), (64,))]
-    sigma = torch.exp(1.5 * torch.randn(64) - 2.5)
+    sigma = torch.exp(1.8 * torch.randn(64) - 1.7)
     error = denoiser(x + sigma.view(-1, 1, 1, 1) * torch.randn_like(x), sigma) - x
     loss = (error.square().mean((1, 2, 3)) * (sigma**2 + SD**2) / (sigma * SD) ** 2).mean()
     optimiser.zero_grad()
@@ -227,6 +227,9 @@ for _ in range(steps):
 # `from_denoiser` makes it a flow: nothing is trained, the weights stay where they are. The samples give the flow its
 # axes and tune its solver. Networks that predict noise (DDPM) or velocities, and pipelines of the diffusers library,
 # work the same way.
+#
+# The report compares the network's error at five noise levels with that of a Gaussian. A few convolutions, trained for
+# a minute or two, do not see a patch as a whole, and are hardly better where the noise is large; a real denoiser is.
 
 # %%
 borrowed = ifpyro.from_denoiser(denoiser, (0.002, 20.0), samples=small[: 200 if SMOKE else 1_000], tolerance=1e-2)
