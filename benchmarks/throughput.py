@@ -97,11 +97,11 @@ def line(dim: int, rows: int, steps: int, cost: Cost) -> str:
 
 
 def random_flow(dim: int, steps: int) -> ifpyro.InflationaryFlow:
-    """A flow with a random network of moderate slope: the outlet starts at zero and would hide the work."""
-    generator = torch.Generator().manual_seed(dim)
-    velocity = MLP(dim, width=WIDTHS[dim])
-    with torch.no_grad():
-        velocity.outlet.weight.copy_(0.02 * torch.randn(velocity.outlet.weight.shape, generator=generator))
+    """A flow with a random network of moderate slope, the same in every call; an outlet of zeros would hide the work."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(dim)
+        velocity = MLP(dim, width=WIDTHS[dim])
+        velocity.outlet.weight.normal_(0.0, 0.02)
     scale = torch.linspace(1.0, 0.1, dim)
     basis = Basis(mean=torch.zeros(dim), rotation=torch.eye(dim), scale=scale)
     return ifpyro.InflationaryFlow(basis, ifpyro.Schedule.details_first(), velocity, grid=Grid(steps), refinements=1)
