@@ -129,21 +129,31 @@ def draw(flow, operator, y):
     return draws
 
 
+def with_holes(y, seen):
+    """Seen pixels at their places, NaN elsewhere."""
+    images = torch.full((len(y), seen.numel()), torch.nan)
+    images[:, seen.flatten()] = y
+    return images.view(-1, *seen.shape)
+
+
+def show_posterior(truth, observed, draws):
+    """Truth, observation, and what the draws say."""
+    show(
+        {
+            "truth": truth,
+            "seen": observed,
+            "posterior mean": draws.mean(1),
+            "a draw": draws[:, 0],
+            "another": draws[:, 1],
+            "sd, 5 times": 5 * draws.std(1),
+        }
+    )
+
+
 truth = held_out[:2] if SMOKE else held_out
 y = observe(truth, pick)
 filled = draw(flow, pick, y)
-holes = torch.full_like(truth, torch.nan).flatten(1)
-holes[:, seen.flatten()] = y
-show(
-    {
-        "truth": truth,
-        "seen": holes.view_as(truth),
-        "posterior mean": filled.mean(1),
-        "a draw": filled[:, 0],
-        "another": filled[:, 1],
-        "sd, 5 times": 5 * filled.std(1),
-    }
-)
+show_posterior(truth, with_holes(y, seen), filled)
 
 # %% [markdown]
 # Edges are continued into the hole; where the surroundings do not say, draws differ and the standard deviation is
@@ -165,16 +175,7 @@ line = line / line.sum(1, keepdim=True)
 blur = torch.block_diag(*[torch.kron(line, line)] * 3)
 y = observe(truth, blur)
 sharp = draw(flow, blur, y)
-show(
-    {
-        "truth": truth,
-        "seen": y.view_as(truth),
-        "posterior mean": sharp.mean(1),
-        "a draw": sharp[:, 0],
-        "another": sharp[:, 1],
-        "sd, 5 times": 5 * sharp.std(1),
-    }
-)
+show_posterior(truth, y.view_as(truth), sharp)
 print(coverage(truth.flatten(1).numpy(), sharp.flatten(2).numpy()))
 
 # %% [markdown]
@@ -243,13 +244,11 @@ seen[:, :, 4:] = False
 pick = torch.eye(seen.numel())[seen.flatten()]
 y = observe(others, pick)
 filled = draw(borrowed, pick, y)
-holes = torch.full_like(others, torch.nan).flatten(1)
-holes[:, seen.flatten()] = y
 show(
     {
         "held out": others,
         "its prior": borrowed.sample(12, seed=1),
-        "left half seen": holes.view_as(others),
+        "left half seen": with_holes(y, seen),
         "posterior mean": filled.mean(1),
         "a draw": filled[:, 0],
         "another": filled[:, 1],
