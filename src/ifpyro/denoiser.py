@@ -42,7 +42,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .basis import Basis
 from .noise import Noise
 from .schedule import Angles
-from .velocity import Velocity
+from .velocity import FramedVelocity
 
 PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "x0": lambda alpha, sigma: (torch.ones_like(alpha), torch.zeros_like(alpha)),
@@ -68,7 +68,7 @@ def check_prediction(prediction: str) -> str:
     return name
 
 
-class DenoiserVelocity(Velocity):
+class DenoiserVelocity(FramedVelocity):
     """The velocity that a pretrained network defines.
 
     The network is referred to, not owned. Its structure is copied, its weights are shared and frozen, and dropout is
@@ -107,7 +107,6 @@ class DenoiserVelocity(Velocity):
             self.register_buffer(name, flat(value, self.event_shape), persistent=False)
         # In a tuple, where torch does not take it for a submodule whose weights are the flow's.
         self._network = (share(network),)
-        self._frame: tuple[Basis, Angles] | None = None
         self._forward_mode: bool | None = None
 
     @property
@@ -144,11 +143,11 @@ class DenoiserVelocity(Velocity):
                 f"expected a schedule within the noise that the denoiser knows, {self.noise.sigma_min:.6g} to "
                 f"{self.noise.sigma_max:.6g}, got {low:.6g} to {high:.6g}; choose its start and end accordingly"
             )
-        self._frame = (basis, angles)
+        super().attach(basis, angles)
 
     def embed(self, t: Tensor) -> Tensor:
         """Time, ``alpha``, ``p``; for every axis the factors of input, ``y`` and answer: ``(m, 3 + 3 D)``."""
-        basis, angles = self._attached()
+        basis, angles = self.frame()
         scale = basis.scale.double()
         theta = angles(t.to(scale.device))
         sigma = (scale[0] * theta[..., :1].tan()).squeeze(-1)
@@ -161,7 +160,7 @@ class DenoiserVelocity(Velocity):
 
     def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
         """Velocity ``F`` of shape ``(n, D)``."""
-        basis, _ = self._attached()
+        basis, _ = self.frame()
         dim, batch = basis.dim, y.shape[:-1]
         time, alpha, p, gain, linear, weight = embedding.split([1, 1, 1, dim, dim, dim], -1)
         mean = self.factor * basis.mean + self.shift  # in the network's units
@@ -217,7 +216,7 @@ class DenoiserVelocity(Velocity):
 
     def _has_forward_mode(self) -> bool:
         """Whether the network can be differentiated forwards, tried on one image."""
-        basis, _ = self._attached()
+        basis, _ = self.frame()
         y = torch.zeros(1, basis.dim, dtype=basis.scale.dtype, device=basis.scale.device)
         with torch.no_grad():
             embedding = self.embed(torch.full((1,), 0.5, dtype=torch.double))[0]
@@ -227,11 +226,6 @@ class DenoiserVelocity(Velocity):
             except (NotImplementedError, RuntimeError):
                 return False
         return True
-
-    def _attached(self) -> tuple[Basis, Angles]:
-        if self._frame is None:
-            raise RuntimeError("a DenoiserVelocity works inside a flow: use ifpyro.from_denoiser")
-        return self._frame
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenoiserVelocity":
         super()._apply(fn, recurse)

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from .basis import Basis
 from .schedule import Angles
-from .velocity import MLP, Velocity
+from .velocity import MLP, FramedVelocity, Velocity
 
 _TIMES = 30.0  # radians of the fastest feature of time; with the 1000 of the DDPM family no fixed grid could follow it
 
 
-class ImageVelocity(Velocity):
+class ImageVelocity(FramedVelocity):
     """The velocity of a network that maps noised images and times to images.
 
     Args:
@@ -43,7 +43,6 @@ class ImageVelocity(Velocity):
         self.network = network
         self.event_shape = torch.Size(event_shape)
         self._spec = spec
-        self._frame: tuple[Basis, Angles] | None = None  # in a tuple, where torch does not take it for a submodule
 
     def attach(self, basis: Basis, angles: Angles) -> None:
         """Learn the axes; see :meth:`Velocity.attach`."""
@@ -52,11 +51,11 @@ class ImageVelocity(Velocity):
                 f"expected a flow of {self.event_shape.numel()} axes for images {tuple(self.event_shape)}, got "
                 f"{basis.dim}"
             )
-        self._frame = (basis, angles)
+        super().attach(basis, angles)
 
     def embed(self, t: Tensor) -> Tensor:
         """The network's time, the gain of every axis into the image, and the sines: ``(m, 1 + 2 D)``."""
-        basis, angles = self._attached()
+        basis, angles = self.frame()
         theta = angles(t)
         gain = basis.scale.to(theta) / theta.cos()
         gain = gain / gain.square().mean(-1, keepdim=True).sqrt()
@@ -64,7 +63,7 @@ class ImageVelocity(Velocity):
 
     def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
         """Velocity ``F`` of shape ``(n, D)``."""
-        basis, _ = self._attached()
+        basis, _ = self.frame()
         time, gain, sine = embedding.split([1, basis.dim, basis.dim], -1)
         batch = y.shape[:-1]  # training puts rows that share a time on an axis of their own
         image = basis.rotate_back(y * gain).reshape(-1, *self.event_shape)
@@ -74,11 +73,6 @@ class ImageVelocity(Velocity):
     def spec(self) -> dict[str, Any] | None:
         """What :func:`build_velocity` needs, or None."""
         return self._spec
-
-    def _attached(self) -> tuple[Basis, Angles]:
-        if self._frame is None:
-            raise RuntimeError("an ImageVelocity works inside a flow: pass it to ifpyro.fit(..., network=...)")
-        return self._frame
 
 
 class _UNet(nn.Module):

@@ -65,6 +65,31 @@ class Velocity(nn.Module, ABC):
         return None
 
 
+class FramedVelocity(Velocity):
+    """A velocity that must know its axes: it remembers what :meth:`attach` was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._frame: tuple[Basis, Angles] | None = None  # in a tuple, where torch does not take it for a submodule
+
+    def attach(self, basis: Basis, angles: Angles) -> None:
+        """Remember the axes; see :meth:`Velocity.attach`."""
+        self._frame = (basis, angles)
+
+    def frame(self) -> tuple[Basis, Angles]:
+        """The axes and their angles.
+
+        Raises:
+            RuntimeError: if no flow has told them.
+        """
+        if self._frame is None:
+            raise RuntimeError(
+                f"{type(self).__name__} works inside a flow: make one with ifpyro.fit(..., network=...) or "
+                "ifpyro.from_denoiser"
+            )
+        return self._frame
+
+
 class MLP(Velocity):
     """A residual multilayer perceptron whose output starts at zero, so that an untrained flow is a Gaussian.
 

@@ -213,8 +213,7 @@ class SMC(Draws):
                     f"accept={stage.acceptance:.2f} moves={stage.moves}"
                 )
         self.tuning = Tuning(mover.step_size, mover.length.length, moved.stage.level)
-        self.attributes = {"prior_draws": len(population.q)}
-        self._finish(moved, log_evidence, math.sqrt(floor))
+        self._finish(moved, log_evidence, math.sqrt(floor), len(population.q))
         return self
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
@@ -243,7 +242,7 @@ class SMC(Draws):
         index = index + weight.shape[1] * torch.arange(families, device=index.device)[:, None]
         return positions.reshape(-1, positions.shape[-1])[index.flatten()]
 
-    def _finish(self, moved: Moved, log_evidence: Tensor, floor: float) -> None:
+    def _finish(self, moved: Moved, log_evidence: Tensor, floor: float, prior_draws: int) -> None:
         islands = self.num_islands
         shape = (islands, self.num_particles // islands)
         self.island_log_evidence = log_evidence
@@ -265,8 +264,9 @@ class SMC(Draws):
             "log_weight": (log_evidence - self.log_evidence).to(lp.dtype).repeat_interleave(shape[1]),
         }
         self._stats = {name: value.reshape(shape) for name, value in self._stats.items()}
-        self.attributes |= {
+        self.attributes = {
             "inference_method": "smc",
+            "prior_draws": prior_draws,
             "seed": self.seed,
             "log_evidence": self.log_evidence,
             "log_evidence_se": self.log_evidence_se,
