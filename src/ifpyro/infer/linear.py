@@ -14,6 +14,14 @@ The invariant law of ``x`` is the posterior itself, not a relaxation of it: no g
 a sweep costs one short reverse process. Sweeps begin with more noise and anneal: at ``sigma' > sigma`` they sample the
 posterior tempered with ``beta = (sigma / sigma')^2``, and where noise hides all structure one sweep forgets everything.
 
+Later sweeps forget less: along a direction that nothing is seen of, in which the posterior has standard deviation
+``s``, one at noise ``eta`` keeps ``s^2 / (s^2 + eta^2)`` of a deviation, so that hidden pixels walk in steps of
+``eta``. There are therefore several sweeps at the last levels, and ``x_eta``, whose law given ``x`` and ``y`` is
+Gaussian, is over-relaxed (Adler 1981): it lands on the other side of its mean, which leaves its law as it is and lets
+the walk keep its direction,
+
+.. math:: x_\eta' = \mu(x) - \rho\, (x_\eta - \mu(x)) + \sqrt{1 - \rho^2}\, (\text{fresh noise of } x_\eta \mid x, y).
+
 The prior is that of the stochastic reverse process with the flow's network: the flow's own, as far as network and
 steps are exact.
 """
@@ -29,7 +37,10 @@ from tqdm.auto import tqdm
 from ..flow import InflationaryFlow
 
 _NODES = 4097
-_ANNEALING = 0.5  # ratio of neighbouring noise levels before the final one
+_ANNEALING = 0.5  # ratio of neighbouring noise levels far above the final one
+_NEAR = 2  # octaves above the final noise in which a sweep does not forget where it started: there are
+_SWEEPS = 10  # in each of them
+_OVER = 0.7  # over-relaxation: nearer 1 walks on for longer, but then directions that forget at once swing for longer
 
 
 @dataclass(frozen=True)
@@ -49,7 +60,7 @@ def linear_posterior(
     sd: float,
     *,
     draws: int = 64,
-    sweeps: int = 10,
+    sweeps: int = 20,
     ratio: float = 0.75,
     seed: int = 0,
     batch_size: int = 256,
@@ -85,20 +96,32 @@ def linear_posterior(
     axes = axes.to(y)
 
     ladder, last = _ladder(flow, kappa * sd, ratio)
-    stride = max(1, round(math.log(_ANNEALING) / math.log(ratio)))
-    plan = [*range(0, last, stride), *([last] * sweeps)]
+    plan = [*_annealing(last, ratio), *([last] * sweeps)]
 
     def normal(shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=y.dtype, device=y.device)
 
     x = flow.basis.from_standard(normal(torch.Size([len(target), dim])))
+    noised, before = x, -1
     with torch.no_grad():
         for k in tqdm(plan, disable=not progress, desc="noise and denoise"):
-            u = x + ladder[k].eta * normal(x.shape)
+            mean = x + kappa**2 * (target - x @ operator.T) @ operator
+            fresh = ladder[k].eta * normal(x.shape)
             noise = (normal(target.shape) * left) @ axes.T * (ladder[k].eta / kappa)
-            u = u + kappa**2 * (target + noise - u @ operator.T) @ operator
-            x = torch.cat([_denoise(flow, rows, ladder[k:], generator) for rows in u.split(batch_size)])
+            fresh = fresh + kappa**2 * (noise - fresh @ operator.T) @ operator
+            if k == before:
+                fresh = _OVER * (mean - noised) + math.sqrt(1 - _OVER**2) * fresh
+            noised, before = mean + fresh, k
+            x = torch.cat([_denoise(flow, rows, ladder[k:], generator) for rows in noised.split(batch_size)])
     return x.reshape(*batch, draws, *flow.event_shape)
+
+
+def _annealing(last: int, ratio: float) -> list[int]:
+    """Levels of the sweeps before those at the final noise."""
+    stride = max(1, round(math.log(_ANNEALING) / math.log(ratio)))
+    near = max(0, last - round(_NEAR * math.log(2) / -math.log(ratio)))
+    repeats = max(1, round(_SWEEPS * -math.log2(ratio)))
+    return [*range(0, near, stride), *(k for k in range(near, last) for _ in range(repeats))]
 
 
 def _denoise(flow: InflationaryFlow, x: Tensor, ladder: list[_Level], generator: torch.Generator) -> Tensor:
