@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 def sample(mixture: Mixture, generator: torch.Generator, num: int) -> Tensor:
     """``num`` draws, ``(num, DIM)``."""
     k = torch.multinomial(mixture.weights, num, True, generator=generator)
-    noise = torch.randn(num, DIM, 1, generator=generator, dtype=torch.double)
+    noise = torch.randn(num, DIM, 1, generator=generator, dtype=torch.double).to(mixture.means)
     return mixture.means[k] + (torch.linalg.cholesky(mixture.covariances)[k] @ noise)[..., 0]
 
 

@@ -31,6 +31,19 @@ def test_mixture_velocity_is_tan_theta_times_state_plus_score(name, dim):
         torch.testing.assert_close(found, theta.tan() * (y + score), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.double])
+def test_mixture_velocity_at_one_time_or_at_one_each(dtype):
+    flow = mixture_flow(3, dtype)
+    exact = flow.velocity
+    y = 1.5 * torch.randn(len(TIMES), 3, generator=torch.Generator().manual_seed(0), dtype=torch.double).to(dtype)
+    embedding = exact.embed(TIMES)
+    together = exact(y, embedding)
+    assert embedding.dtype == together.dtype == dtype
+    assert together.abs().min() > 1e-4
+    for row in range(len(TIMES)):
+        torch.testing.assert_close(exact(y[row : row + 1], embedding[row])[0], together[row], rtol=1e-5, atol=1e-6)
+
+
 def test_mixture_velocity_is_the_regression_of_the_target():
     """``F`` is the conditional mean of the training target: residuals are uncorrelated with functions of ``y``."""
     flow = mixture_flow(2, torch.double)
@@ -45,7 +58,7 @@ def test_mixture_velocity_is_the_regression_of_the_target():
         theta = flow.angles(torch.tensor(t))
         y = theta.cos() * x0 + theta.sin() * n
         target = theta.sin() * x0 - theta.cos() * n
-        residual = target - exact(y, theta)
+        residual = target - exact(y, exact.embed(torch.tensor([t], dtype=torch.double))[0])
         explained = target.square() - residual.square()
         assert explained.mean() > 4 * explained.std() / explained.numel() ** 0.5, "nothing is predicted"
         for weight in (torch.ones_like(y), y, y.flip(1), torch.sin(3 * y), torch.tanh(y.flip(1) - 1)):

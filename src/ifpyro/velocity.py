@@ -257,24 +257,30 @@ class GaussianMixtureVelocity(Velocity):
         self.register_buffer("covariances", covariances)
 
     def embed(self, t: Tensor) -> Tensor:
-        """The angles themselves, ``(m, D)``."""
-        return self.angles(t).to(self.means.dtype)
+        """All that depends on time alone, one after the other: ``U_k`` that whitens, ``U_k S_k U_k^T = I``;
+        ``(n Sigma_k c - c n) U_k^T``, transposed; ``n m_k``; ``c m_k``; and log-weights: ``(m, K (2 D^2 + 2 D + 1))``.
+        """
+        theta = self.angles(t).to(self.means.device)
+        cos, sin = torch.cos(theta).unsqueeze(-2), torch.sin(theta).unsqueeze(-2)  # (m, 1, D)
+        means, cov = self.means.double(), self.covariances.double()
+        seen = cov * cos.unsqueeze(-2)
+        factor = torch.linalg.cholesky(cos.unsqueeze(-1) * seen + torch.diag_embed(sin**2))
+        eye = torch.eye(means.shape[-1], dtype=means.dtype, device=means.device)
+        whiten = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)  # U, (m, K, D, D)
+        slope = (sin.unsqueeze(-1) * seen - torch.diag_embed(cos * sin)) @ whiten.mT
+        log_weights = self.weights.double().log() + whiten.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        parts = [whiten, slope.mT, sin * means, cos * means, log_weights]
+        return torch.cat([part.flatten(1) for part in parts], -1).to(self.means.dtype)
 
     def forward(self, y: Tensor, embedding: Tensor) -> Tensor:
         """Exact velocity ``F`` of shape ``(n, D)``."""
-        cos, sin = torch.cos(embedding).unsqueeze(-2), torch.sin(embedding).unsqueeze(-2)  # (..., 1, D)
-        residual = y.unsqueeze(-2) - cos * self.means  # (n, K, D)
-        cov = self.covariances
-        noised = cos.unsqueeze(-1) * cov * cos.unsqueeze(-2) + torch.diag_embed(sin**2)
-        # What depends on time alone is inverted once for all rows.
-        factor = torch.linalg.cholesky(noised)
-        eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device)
-        whiten = torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)  # (..., K, D, D)
-        slope = sin.unsqueeze(-1) * cov * cos.unsqueeze(-2) - torch.diag_embed(cos * sin)
-        gain = slope @ whiten.mT @ whiten
+        num, dim = self.means.shape
+        square = num * dim * dim
+        whiten, back, centre, log_weights = embedding.split([square, square + num * dim, num * dim, num], -1)
+        residual = y.unsqueeze(-2) - centre.unflatten(-1, (num, dim))  # (n, K, D)
         rule = "kij,nkj->nki" if embedding.ndim == 1 else "nkij,nkj->nki"
-        white = torch.einsum(rule, whiten, residual)
-        log_component = -0.5 * white.square().sum(-1) + whiten.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        responsibility = torch.softmax(self.weights.log() + log_component, -1)
-        component = sin * self.means + torch.einsum(rule, gain, residual)
-        return (responsibility.unsqueeze(-1) * component).sum(-2)
+        white = torch.einsum(rule, whiten.unflatten(-1, (num, dim, dim)), residual)
+        share = torch.softmax(log_weights - 0.5 * white.square().sum(-1), -1)
+        weighed = torch.cat([(share.unsqueeze(-1) * white).flatten(-2), share], -1)  # (n, K D + K)
+        back = back.unflatten(-1, (num * dim + num, dim))
+        return weighed @ back if embedding.ndim == 1 else (weighed.unsqueeze(-2) @ back).squeeze(-2)
