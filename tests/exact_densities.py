@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ifpyro.fidelity import current_fidelity
+from ifpyro.fidelity import Evaluations, current_fidelity
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -20,9 +20,9 @@ with warnings.catch_warnings():
 
 
 def coarse() -> bool:
-    """Whether a cheap map is asked for: "coarse", or fewer than 8 solver steps."""
+    """Whether a cheap map is asked for: "coarse", or fewer than 32 evaluations."""
     level = current_fidelity()
-    return level == "coarse" or (isinstance(level, int) and level < 8)
+    return level == "coarse" or (isinstance(level, Evaluations) and level.count < 32)
 
 
 class GaussianMixture:

@@ -165,10 +165,12 @@ CASES = {
     "fractional steps": (lambda: Grid(2.5), ValueError, "positive integer, got 2.5"),
     "no grid power": (lambda: Grid(4, power=0.0), ValueError, "power > 0, got 0.0"),
     "unknown method": (lambda: Grid(4, method="rk45"), ValueError, "among .*'rk4'.*, got 'rk45'"),
-    "fidelity of nothing": (lambda: ifpyro.fidelity().__enter__(), ValueError, "not both or neither"),
-    "fidelity of both": (lambda: ifpyro.fidelity("fine", steps=3).__enter__(), ValueError, "not both or neither"),
+    "fidelity of nothing": (lambda: ifpyro.fidelity().__enter__(), ValueError, "exactly one of them"),
+    "fidelity of both": (lambda: ifpyro.fidelity("fine", steps=3).__enter__(), ValueError, "exactly one of them"),
     "unknown fidelity": (lambda: ifpyro.fidelity("rough").__enter__(), ValueError, "'fine' or 'coarse' .* got 'rough'"),
     "fidelity of no steps": (lambda: ifpyro.fidelity(steps=0).__enter__(), ValueError, "positive integer, got 0"),
+    "fidelity of no evaluations": (lambda: ifpyro.fidelity(evaluations=0).__enter__(), ValueError, "integer, got 0"),
+    "two fidelities": (lambda: ifpyro.fidelity(steps=3, evaluations=3).__enter__(), ValueError, "exactly one of them"),
     "fidelity True": (lambda: ifpyro.fidelity(steps=True).__enter__(), ValueError, "positive integer, got True"),
     # arguments of a flow
     "x of another event shape": (

@@ -325,6 +325,23 @@ def test_evaluations_are_those_of_the_grid():
     with ifpyro.fidelity("coarse"):
         flow.decode(latents(flow, 5))
     assert counter.calls == flow.grid.evaluations + 4 * flow.coarse_steps
+    for evaluations in (1, 2, 3, 4, 6, 8, 12, 16, 24, 48):
+        counter.calls = 0
+        with ifpyro.fidelity(evaluations=evaluations):
+            flow.decode(latents(flow, 5))
+        assert counter.calls == evaluations
+
+
+def test_a_cheap_grid_beats_the_steps_of_rk4_that_it_replaces():
+    flow = FLOWS["mixture 2"](torch.double)
+    z = latents(flow, 50)
+    fine = flow.decode(z)
+    for steps in (1, 2):
+        with ifpyro.fidelity(steps=steps):
+            high = rmse(flow.decode(z), fine)
+        with ifpyro.fidelity(evaluations=4 * steps):
+            low = rmse(flow.decode(z), fine)
+        assert low < 0.7 * high
 
 
 def gradient_step(flow):

@@ -171,7 +171,7 @@ def test_step_size_is_not_ruled_by_the_gap_between_guide_and_fine_density():
 
 
 def test_a_hopeless_guide_is_given_up():
-    for bias, expected in ((0.02, "1"), (3.0, "8")):  # fewer than 8 steps are biased
+    for bias, expected in ((0.02, "1 evaluation"), (3.0, "32 evaluations")):  # fewer are biased
         mcmc = MCMC(HMC(conjugate(bias=bias, sd=0.2)), 5, 30, 32, seed=1, progress=False).run()
         assert mcmc.attributes["guide_level"] == expected
     target = Target(conjugate())

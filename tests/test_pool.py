@@ -16,6 +16,8 @@ import jobs_for_pools
 from flows_zoo import mixture_flow
 from ifpyro import Pool
 from ifpyro.cli import main
+from ifpyro.fidelity import Evaluations
+from ifpyro.infer.everywhere import _code, _level
 from ifpyro.pool import PoolError
 
 MINUTES = 300  # processes on a busy machine may take long to start
@@ -141,6 +143,11 @@ def test_alone_a_pool_changes_nothing():
     pool.first_error(None)
     with pytest.raises(KeyError):
         pool.first_error(KeyError("k"))
+
+
+@pytest.mark.parametrize("level", ["fine", "coarse", 1, 7, Evaluations(1), Evaluations(7)])
+def test_a_fidelity_travels_as_one_number(level):
+    assert _level(_code(level)) == level
 
 
 def test_a_half_described_job_is_refused(monkeypatch):

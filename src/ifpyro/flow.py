@@ -26,10 +26,10 @@ from . import rescaled
 from .basis import Basis
 from .compiled import compile_step, try_compiled
 from .estimate import LogProbEstimate, estimate_log_prob, log_normal
-from .fidelity import current_fidelity
+from .fidelity import Evaluations, current_fidelity
 from .log_det import EXACT_UP_TO
 from .mixture import mixture_parts
-from .ode import Grid, Solver, Step, solve_adaptive, take
+from .ode import Grid, Solver, Step, cheap_grid, solve_adaptive, take
 from .precision import Autocast
 from .schedule import Angles, Schedule
 from .solvers import SolverCache, is_wrapped, weights_of
@@ -268,7 +268,8 @@ class InflationaryFlow(nn.Module):
         torch.func, gradient checkpointing and, until the next call, another ``autocast`` stay uncompiled.
 
         Args:
-            rows: batch size with which it is tried; other sizes share the compiled code (one row compiles anew).
+            rows: batch size with which it is tried; other sizes share the compiled code. One row, and steps of another
+                Runge-Kutta method (those of a sampler's guides), are compiled when they first come.
             options: for ``torch.compile``; ``dynamic=True`` by default.
 
         Returns:
@@ -376,6 +377,8 @@ class InflationaryFlow(nn.Module):
         level = current_fidelity()
         if level == "fine":
             return self.grid
+        if isinstance(level, Evaluations):
+            return cheap_grid(level.count, self.grid.power)
         return replace(self.grid, steps=self.coarse_steps if level == "coarse" else level)
 
     def _check(self, value: Tensor, event: torch.Size, name: str) -> None:

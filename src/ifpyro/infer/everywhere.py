@@ -18,14 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifpyro.fidelity import Level, current_fidelity, fidelity
+from ifpyro.fidelity import Evaluations, Level, at, current_fidelity
 from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.runner import Totals, gradient
 from ifpyro.pool import Pool, PoolError
 
 _DONE, _FAILED, _EVALUATE, _RESIZE = range(4)
 _HEADER = 6  # numbers before the draws in a message: what, level, rows, dim, dtype, whether gradients are wanted
-_LEVELS: dict[Level, int] = {"fine": -1, "coarse": -2}
+_NAMED: dict[int, Level] = {-1: "fine", -2: "coarse"}  # positive: solver steps; below these: evaluations
 _DTYPES = (torch.float32, torch.float64)
 
 
@@ -63,6 +63,18 @@ def everywhere(density: BatchedDensity, pool: Pool | None) -> Iterator[BatchedDe
         finally:
             if not pool.broken:
                 worker.tell([outcome])
+
+
+def _code(level: Level) -> int:
+    """A fidelity as one number."""
+    if isinstance(level, Evaluations):
+        return min(_NAMED) - level.count
+    return level if isinstance(level, int) else next(code for code, name in _NAMED.items() if name == level)
+
+
+def _level(code: int) -> Level:
+    """The fidelity of `_code`."""
+    return Evaluations(min(_NAMED) - code) if code < min(_NAMED) else _NAMED.get(code, code)
 
 
 class EverywhereDensity:
@@ -121,8 +133,7 @@ class _Worker:
         """
         if q.dtype not in _DTYPES:
             raise TypeError(f"expected draws in single or double precision, got {q.dtype}")
-        level = current_fidelity()
-        code = level if isinstance(level, int) else _LEVELS[level]
+        code = _code(current_fidelity())
         numbers = [_EVALUATE, code, *q.shape, _DTYPES.index(q.dtype), int(with_gradient)]
         self.tell(numbers, q.cpu().contiguous().view(torch.uint8).flatten())
         columns, error = self._evaluate(q.cpu(), code, with_gradient)
@@ -147,9 +158,8 @@ class _Worker:
         mine = q[self.pool.mine(len(q))].to(self._device)
         width = 2 + (2 * q.shape[1] if with_gradient else 0)
         block, error = mine.new_zeros(len(mine), width), None
-        names: dict[int, Any] = {-1: "fine", -2: "coarse"}
         try:
-            with fidelity(steps=level) if level > 0 else fidelity(names[level]):
+            with at(_level(level)):
                 if len(mine):
                     block = self._columns(mine, with_gradient)
         except Exception as problem:  # whatever the model raises: the others wait for an answer

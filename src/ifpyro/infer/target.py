@@ -5,17 +5,16 @@ The guide may be a coarse solve of the flows inside the model. It steers proposa
 uses the fine density, so a poor guide costs efficiency and never correctness.
 """
 
-from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ifpyro.fidelity import Level, fidelity
+from ifpyro.fidelity import Evaluations, Level, at, fidelity
 from ifpyro.infer.density import BatchedDensity, log_density_and_grad
 
-LADDER: tuple[Level, ...] = (1, 2, 3, 4, 6, 8, 12, "fine")
-"""Guides from cheap to exact, in solver steps, tried in this order."""
+LADDER: tuple[Level, ...] = (*map(Evaluations, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48)), "fine")
+"""Guides from cheap to exact, tried in this order."""
 
 
 class Agreement(NamedTuple):
@@ -28,7 +27,7 @@ class Agreement(NamedTuple):
 
 
 LOOSE = Agreement(0.7, 0.2)
-"""For particles, which a resampling frees from sticky places. One Runge-Kutta step of a flow often suffices."""
+"""For particles, which a resampling frees from sticky places. One to three evaluations of a flow often suffice."""
 
 CLOSE = Agreement(0.85, 0.5)
 """For chains, which must leave every place by themselves."""
@@ -96,14 +95,14 @@ class Target:
 
     def guide(self, q: Tensor, beta: float = 1.0) -> Guide:
         """The guide's value and tempered gradient at ``q`` of shape ``(n, dim)``."""
-        with _at(self.level):
+        with at(self.level):
             parts = [log_density_and_grad(self.density, chunk, beta) for chunk in self._chunks(q)]
         log_prior, log_likelihood, gradient = (torch.cat(column) for column in zip(*parts, strict=True))
         return Guide(self._watch(Value(log_prior, log_likelihood)), gradient)
 
     def guide_value(self, q: Tensor) -> Value:
         """The guide's value alone, without a graph."""
-        with torch.no_grad(), _at(self.level):
+        with torch.no_grad(), at(self.level):
             parts = [self.density(chunk) for chunk in self._chunks(q)]
         return Value(torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts]))
 
@@ -152,10 +151,6 @@ class Target:
 
     def _chunks(self, q: Tensor) -> tuple[Tensor, ...]:
         return (q,) if self.batch_size is None or len(q) <= self.batch_size else q.split(self.batch_size)
-
-
-def _at(level: Level) -> AbstractContextManager[None]:
-    return fidelity(steps=level) if isinstance(level, int) else fidelity(level)
 
 
 def pad_rows(q: Tensor, most: int) -> Tensor:
