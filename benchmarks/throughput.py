@@ -151,7 +151,6 @@ def options(quick: bool) -> Iterator[str]:
     )
     for dim in (2, 64) if quick else (2, 16, 64, 784):
         flow, compiled = random_flow(dim, 8), random_flow(dim, 8)
-        torch.compiler.reset()  # torch compiles one function a few times, whichever flow it serves, and then no more
         took = compiled.compile()
         for rows in (64, 1024):
             decode, gradient = compiled_over_eager(flow, compiled, rows)

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import ifpyro
-from flows_zoo import latents, mlp_flow
+from flows_zoo import latents, mlp_flow, samples
+from ifpyro.basis import Basis
 from ifpyro.ode import Grid
+from ifpyro.velocity import Velocity
 
 
 def test_compiled_steps_agree():
@@ -46,3 +48,56 @@ def test_a_failed_compilation_leaves_the_flow_as_it_was():
     with pytest.raises(Exception, match="no-such-backend"):
         flow.compile(backend="no-such-backend")
     assert torch.equal(flow.decode(z), before)
+
+
+class OneLayer(Velocity):
+    """The least that there is to compile."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.layer = torch.nn.Linear(dim, dim, dtype=torch.double)
+
+    def embed(self, t):
+        return t[:, None]
+
+    def forward(self, y, embedding):
+        return torch.tanh(self.layer(y)) * embedding
+
+
+def one_layer_flow(dim):
+    basis = Basis.from_samples(samples(dim, torch.double))
+    velocity = OneLayer(dim)
+    return ifpyro.InflationaryFlow(basis, ifpyro.Schedule.details_first(), velocity, grid=Grid(3, method="euler"))
+
+
+def test_every_flow_of_a_process_is_compiled():
+    """torch compiles a function eight times, whichever flow it serves: two or three flows' worth."""
+    compilations, calls = [], []
+
+    def backend(graph, _):
+        compilations.append(graph)
+
+        def run(*args):
+            calls.append(graph)
+            return graph(*args)
+
+        return run
+
+    for dim in (2, 3, 4):
+        flow = one_layer_flow(dim)
+        flow.compile(backend=backend)
+        for rows in (5, 1):
+            calls.clear()
+            flow.decode(latents(flow, rows))
+            assert len(calls) == flow.grid.steps, f"{dim} axes, {rows} rows"
+    calls.clear()
+    with ifpyro.fidelity(evaluations=8):
+        flow.decode(latents(flow, 5))
+    assert len(calls) == 4  # midpoint steps
+    found = len(compilations)
+    alike = one_layer_flow(dim)
+    alike.compile(backend=backend)
+    assert len(compilations) == found, "a network of the same kind has been compiled before"
+    calls.clear()
+    alike.decode(latents(alike, 5))
+    assert len(calls) == alike.grid.steps

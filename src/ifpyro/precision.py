@@ -37,3 +37,7 @@ class Autocast(Velocity):
         with torch.autocast(y.device.type, dtype=self.dtype):
             value, products = self.inner.with_products(y, embedding, directions)
         return value.to(y.dtype), products.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        """The dtype."""
+        return str(self.dtype)
