@@ -21,6 +21,7 @@ from jax.scipy.special import logsumexp
 from numpyro.infer import MCMC, NUTS
 
 import ifpyro
+from ifpyro.fidelity import Level, at
 from ifpyro.velocity import MLP
 
 CHAINS = 64
@@ -34,12 +35,12 @@ class Block(NamedTuple):
     fresh: bool = False  # stands alone: earlier blocks were runs of their own
 
 
-def port(flow: ifpyro.InflationaryFlow, steps: int | None = None) -> Callable[[Array], Array]:
-    """``decode`` of a flow with an MLP, real or in the unit interval: ``(n, D)`` to ``(n, E)``."""
+def port(flow: ifpyro.InflationaryFlow, level: Level = "fine") -> Callable[[Array], Array]:
+    """``decode`` of a flow with an MLP, real or in the unit interval, at a fidelity: ``(n, D)`` to ``(n, E)``."""
     network = flow.velocity
     if not isinstance(network, MLP) or str(flow.support) not in ("None", "Interval(lower_bound=0.0, upper_bound=1.0)"):
         raise ValueError(f"port expects an MLP, and a real or unit-interval support, got {network}, {flow.support}")
-    with ifpyro.fidelity(steps=steps or flow.grid.steps):
+    with at(level):
         solved = flow.solver(torch.empty(0)).to_data
     tableau = solved[0].tableau
     stages = [[_array(torch.stack(v)) for v in (step.embedding, step.rate)] for step in solved]
@@ -77,29 +78,32 @@ class Target(NamedTuple):
     """A posterior over latents: columns of ``x`` seen with normal noise."""
 
     decode: Callable[[Array], Array]
-    coarse: Callable[[Array], Array]
+    guide: Callable[[Array], Array]
     columns: Array
     y: Array
     noise: float
     dim: int
 
-    def log_likelihood(self, z: Array, *, coarse: bool = False) -> Array:
+    def log_likelihood(self, z: Array, *, guide: bool = False) -> Array:
         """Shape ``(n,)`` for ``z`` of shape ``(n, D)``."""
-        x = (self.coarse if coarse else self.decode)(z)
+        x = (self.guide if guide else self.decode)(z)
         residual = (x[:, self.columns] - self.y) / self.noise
         return -0.5 * (residual**2 + jnp.log(2 * jnp.pi * self.noise**2)).sum(-1)
 
-    def log_density(self, z: Array, *, coarse: bool = False) -> Array:
+    def log_density(self, z: Array, *, guide: bool = False) -> Array:
         """Up to the constant of the prior, ``(n,)``."""
-        return self.log_likelihood(z, coarse=coarse) - 0.5 * (z**2).sum(-1)
+        return self.log_likelihood(z, guide=guide) - 0.5 * (z**2).sum(-1)
 
     def single(self, z: Array) -> Array:
         """The same for one latent ``(D,)``: a scalar."""
         return self.log_density(z[None])[0]
 
 
-def target(flow: ifpyro.InflationaryFlow, columns: list[int], y: torch.Tensor, noise: float) -> Target:
-    return Target(port(flow), port(flow, flow.coarse_steps), jnp.array(columns), _array(y), noise, flow.latent_dim)
+def target(
+    flow: ifpyro.InflationaryFlow, columns: list[int], y: torch.Tensor, noise: float, guide: Level = "fine"
+) -> Target:
+    """The posterior, and its guide: that of our own samplers, if they are to be matched."""
+    return Target(port(flow), port(flow, guide), jnp.array(columns), _array(y), noise, flow.latent_dim)
 
 
 # -- samplers ----------------------------------------------------------------------------------------------------------
@@ -192,12 +196,12 @@ class Tuned(NamedTuple):
 
 
 def our_hmc(target: Target, seed: int, tuned: Tuned, block: int = 10) -> Iterator[Block]:
-    """Our sampling phase in JAX: coarse trajectories, fine acceptance, one independence jump a transition."""
+    """Our sampling phase in JAX: trajectories by the guide, fine acceptance, one independence jump a transition."""
     scale = jnp.asarray(tuned.scale)
     push, pull = (
         (lambda w: w * scale, lambda g: g * scale) if scale.ndim == 1 else (lambda w: w @ scale.T, lambda g: g @ scale)
     )
-    gradient = jax.grad(lambda z: target.log_density(z, coarse=True).sum())
+    gradient = jax.grad(lambda z: target.log_density(z, guide=True).sum())
     log_density = target.log_density
 
     def accept(key: Array, log_ratio: Array, new: tuple[Array, ...], old: tuple[Array, ...]) -> tuple[Array, ...]:

@@ -74,24 +74,6 @@ def training_rows(name: str) -> Tensor:
     return torch.as_tensor((x - x.mean(0)) / x.std(0), dtype=torch.float32)
 
 
-def trained_nsf(name: str, rows: Tensor) -> Any:
-    """A zuko NSF, trained for 20 s or loaded."""
-    import zuko
-    from safetensors.torch import load_file, save_file
-
-    from peers_density import train_flow
-
-    path = CACHE / f"nsf-{name}.safetensors"
-    flow = zuko.flows.NSF(rows.shape[1], transforms=3, hidden_features=(64, 64))
-    if not path.exists():
-        cut = len(rows) * 9 // 10
-        torch.manual_seed(0)
-        flow = train_flow(flow, (rows[:cut], rows[cut:]), 20.0, 0)
-        save_file(flow.state_dict(), path)
-    flow.load_state_dict(load_file(path))
-    return flow.requires_grad_(False)
-
-
 # -- distances ---------------------------------------------------------------------------------------------------------
 
 
@@ -168,16 +150,22 @@ class Reports(NamedTuple):
     alone: bool  # every block is a run of its own
 
 
-def judge(name: str, blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    """Errors over time, the seconds from which they stay within 5% and 2%, and ESS and R-hat at the end."""
+def judge(name: str, blocks: list[dict[str, Any]], right: tuple[Tensor, Tensor] | None = None) -> dict[str, Any]:
+    """Errors over time, the seconds from which they stay within 5% and 2%, and ESS and R-hat at the end.
+
+    Args:
+        name: of the problem.
+        blocks: what a sampler reported.
+        right: draws and weights of its posterior; :func:`reference` if None.
+    """
     if not blocks:
         return {"blocks": 0, "errors": []}
     reports = _decoded(name, blocks)
-    errors = _errors(Yardstick(name, *reference(name)), reports)
+    errors = _errors(Yardstick(name, *(right or reference(name))), reports)
     found: dict[str, Any] = {"blocks": len(blocks), "errors": errors, "seconds": errors[-1][0]}
     for level in ERRORS:
-        right = (s for k, (s, _) in enumerate(errors) if all(e <= level for _, e in errors[k:]))
-        found[f"right {level}"] = next(right, None)
+        soon_enough = (s for k, (s, _) in enumerate(errors) if all(e <= level for _, e in errors[k:]))
+        found[f"right {level}"] = next(soon_enough, None)
     return found | _mixing(reports)
 
 

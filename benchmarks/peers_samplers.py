@@ -10,21 +10,18 @@ from typing import Any
 
 import numpy as np
 import pyro
-import pyro.distributions as dist
 import torch
-from pyro.contrib.zuko import ZukoToPyro
 from pyro.infer import MCMC, NUTS
 from torch import Tensor
-from torch.distributions import constraints
 
 import ifpyro
 import ifpyro.arviz  # its first import is no part of sampling
-from peers_reference import OBSERVED, trained_nsf, training_rows
+from peers_nsf import DATA, LATENT, NSFPosterior
+from peers_reference import OBSERVED
 from posterior import Problem
 
 PARTICLES = {"moons": (2048, 4096), "scurve": (2048, 4096), "digits": (1024, 4096)}  # in four islands
-WARMUP = 60
-NSF = "Pyro NUTS, zuko NSF prior"
+WARMUP = 60  # transitions, for everybody who has a warm-up
 
 
 class TimeIsUp(BaseException):
@@ -107,40 +104,15 @@ def pyro_nuts(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
     _pyro(ifpyro.reparam(problem.model), "x_base", problem, clock, seed)
 
 
-def standardised_nsf(name: str) -> tuple[Any, Tensor, Tensor]:
-    """A trained zuko NSF of standardised data (digits: of their logits), their mean and standard deviation."""
-    rows = training_rows(name)
-    if name == "digits":
-        rows = torch.logit(rows)
-    mean, sd = rows.mean(0), rows.std(0).clamp_min(1e-6)
-    return trained_nsf(name, (rows - mean) / sd), mean, sd
-
-
-def pyro_nuts_nsf(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
+def pyro_nuts_nsf(label: str) -> Callable[..., None]:
     """The prior: a zuko NSF, trained beforehand."""
-    columns, noise = OBSERVED[name]
-    nsf, mean, sd = standardised_nsf(name)
-    clock.start()
 
-    def to_x(v: Tensor) -> Tensor:
-        x = mean + sd * v
-        return torch.sigmoid(x) if name == "digits" else x
+    def run(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
+        nsf = NSFPosterior(name, label)
+        clock.start()  # it is loaded
+        _pyro(nsf.model, nsf.site, problem, clock, seed, nsf.draws_to_x)
 
-    def model(y: Tensor) -> None:
-        v = pyro.sample("v", Prior(nsf()))
-        pyro.sample("y", dist.Normal(to_x(v)[..., columns], noise).to_event(1), obs=y)
-
-    _pyro(model, "v", problem, clock, seed, to_x)
-
-
-class Prior(ZukoToPyro):
-    """With what NUTS asks of a distribution and Pyro's wrapper lacks: where it lives, and a draw."""
-
-    support = constraints.real_vector
-
-    def rsample(self, sample_shape: Any = ()) -> Tensor:
-        """A draw."""
-        return self.dist.rsample(sample_shape)
+    return run
 
 
 def _pyro(
@@ -158,7 +130,7 @@ def _pyro(
             clock.report(value if to_x is None else to_x(value), in_x=to_x is not None)
 
     pyro.set_rng_seed(seed)
-    MCMC(NUTS(model), num_samples=10**6, warmup_steps=150, hook_fn=hook, disable_progbar=True).run(problem.y)
+    MCMC(NUTS(model), num_samples=10**6, warmup_steps=WARMUP, hook_fn=hook, disable_progbar=True).run(problem.y)
 
 
 def our_smc(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
@@ -220,7 +192,7 @@ def our_hmc_in_jax(name: str, problem: Problem, clock: Clock, seed: int = 0) -> 
         reference=fitted,
     )
     columns, noise = OBSERVED[name]
-    target = peers_jax.target(problem.flow, columns, problem.y, noise)
+    target = peers_jax.target(problem.flow, columns, problem.y, noise, kernel._target.level)
     for block in peers_jax.our_hmc(target, seed, tuned):
         clock.report(block.z)
 
@@ -232,7 +204,8 @@ SAMPLERS: dict[str, Callable[..., None]] = {
     "ifpyro HMC in JAX": our_hmc_in_jax,
     "importance sampling": importance,
     "Pyro NUTS": pyro_nuts,
-    NSF: pyro_nuts_nsf,
+    DATA: pyro_nuts_nsf(DATA),
+    LATENT: pyro_nuts_nsf(LATENT),
     "NumPyro NUTS": jax_sampler("numpyro_nuts"),
     "BlackJAX ChEES": jax_sampler("blackjax_chees"),
     "BlackJAX tempered SMC": jax_sampler("blackjax_smc"),
