@@ -1,8 +1,8 @@
 """The flows of image patches that ``benchmarks/images.py`` measures; each is trained once, and resumes where it was.
 
-    python benchmarks/images_flows.py 16-unet [--seconds 1200]
+    python benchmarks/images_flows.py 16
 
-writes ``benchmarks/.cache/images-16-unet.safetensors``; an interrupted run leaves a checkpoint beside it.
+writes ``benchmarks/.cache/images-16.safetensors``; an interrupted run leaves a checkpoint beside it.
 """
 
 import argparse
@@ -17,14 +17,14 @@ from ifpyro.training.recipe import Recipe
 from images_data import patches
 from results import CACHE
 
-SCHEDULE = ifpyro.Schedule.details_first(octaves=0.5)
+OCTAVES = 0.5
 RECIPE = Recipe(max_steps=100_000, batch=64, shared=1, rate=1e-3, patience=100_000, check_every=500)
 SEEN = 2000  # patches that decide which network is kept
 
 
 class Kind(NamedTuple):
-    """One flow: patches of ``size`` pixels, in colour or grey, how long it is trained, and the channels and patch size
-    of its U-Net (none: the library's default network)."""
+    """One flow: patches of ``size`` pixels, in colour or grey, how long it is trained, the channels and patch size of
+    its U-Net (none: the library's default network), its axes, and the power of its schedule."""
 
     size: int
     colour: bool
@@ -32,6 +32,8 @@ class Kind(NamedTuple):
     seconds: float
     channels: tuple[int, ...] = ()
     patch: int = 2
+    basis: str = "auto"
+    power: float = 1.0
 
 
 KINDS = {
@@ -39,8 +41,9 @@ KINDS = {
     "4-grey": Kind(4, False, 60_000, 30),
     "8-grey": Kind(8, False, 60_000, 40),
     "8-colour": Kind(8, True, 60_000, 60),
+    "8-colour-2": Kind(8, True, 60_000, 60, power=2.0),
     "16": Kind(16, True, 60_000, 900, (32,)),
-    "32": Kind(32, True, 30_000, 900, (32, 64, 64), 4),
+    "32": Kind(32, True, 30_000, 1800, (32, 64, 64), 4, "pca"),
 }
 
 
@@ -63,9 +66,10 @@ def train(name: str, seconds: float | None = None) -> ifpyro.InflationaryFlow:
     flow = ifpyro.fit(
         x,
         validation=data(name, SEEN, "validation"),
-        schedule=SCHEDULE,
+        schedule=ifpyro.Schedule.details_first(power=kind.power, octaves=OCTAVES),
         network=unet(x.shape[1:], kind.channels, patch=kind.patch) if kind.channels else None,
         recipe=RECIPE if kind.channels else None,
+        basis=kind.basis,
         max_seconds=kind.seconds if seconds is None else seconds,
         seed=0,
         checkpoint=path.with_suffix(".checkpoint") if seconds is None else None,

@@ -16,7 +16,7 @@ import ifpyro
 from ifpyro.numerics import POWERS, STEPS, doubling_error, round_trip
 from images_flows import data, train
 
-SIZES = {2: "pair", 16: "4-grey", 64: "8-grey", 768: "16", 3072: "32"}
+SIZES = {2: "pair", 16: "4-grey", 64: "8-grey", 192: "8-colour", 768: "16", 3072: "32"}
 ERRORS = (3e-2, 1e-2, 3e-3)
 ROWS = 16
 CASES = {
