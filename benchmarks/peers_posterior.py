@@ -130,9 +130,9 @@ NOTES = {
         "weights they came with.",
     ),
     "digits": (
-        "The reference is HMC of ours, with other seeds. Chains from the prior do meet here, and ChEES is right too, which",
-        "leaves us short of five times: 10.8 s of ours are SMC, which finds the starts, and the warm-up; the draws that",
-        "make it right take two. BlackJAX's SMC did not finish its smallest run, of 1,024 particles.",
+        "The reference is HMC of ours, with other seeds. Chains from the prior do meet here, and ChEES is right too,",
+        "which leaves us short of five times: 10.8 s of ours are SMC, which finds the starts, and the warm-up; the",
+        "draws that make it right take two. BlackJAX's SMC did not finish its smallest run, of 1,024 particles.",
     ),
 }
 
