@@ -122,8 +122,9 @@ TITLES = {
 
 NOTES = {
     "moons": (
-        "ChEES, 64 chains from the prior, shrinks its step until the worst chain accepts; without the bound on its",
-        "trajectories its warm-up lasted longer than the cap.",
+        "SMC's two sizes end at 0.0203 both. ChEES, 64 chains from the prior, shrinks its step until the worst chain",
+        "accepts; without the bound on its trajectories its warm-up lasted longer than the cap. With a trained NSF as",
+        "the prior, NUTS draws after 3 s, but one chain seldom changes its mode: 8 effective draws of 3,142.",
     ),
     "scurve": (
         "Gradient moves do not cross between the pieces of this posterior: chains that started in the prior keep the",
