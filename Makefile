@@ -9,8 +9,9 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 demo: $(VENV)/demo.installed
 	$(BIN)/ifpyro demo --out demo
 
+# A process a core, one thread each; a file's tests share its trained flows, so they stay together.
 test: $(VENV)/test.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
