@@ -29,12 +29,12 @@ from results import CACHE
 NOISE = 0.05
 BLUR = 1.5  # pixels
 DRAWS = 20
-PATCHES = {"16": 24, "32": 12}  # for each task and part
+PATCHES = {"16": 64, "32": 12}  # for each task and part
 LEVELS = (0.5, 0.9, 0.95)
 NOTES = {
     "16": (
-        "The flow's intervals of 90% cover what they say within two standard errors; those of hidden pixels in places "
-        "rather too little, with 85%."
+        "The flow's intervals of 90% cover what they say within about two standard errors; the Gaussian's are too wide, "
+        "those of 50% by far."
     ),
     "32": (
         "The intervals are a little too wide, those of 50% by far, as the Gaussian's are: the pictures show texture in "
