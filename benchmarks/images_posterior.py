@@ -33,8 +33,8 @@ PATCHES = {"16": 64, "32": 12}  # for each task and part
 LEVELS = (0.5, 0.9, 0.95)
 NOTES = {
     "16": (
-        "The flow's intervals of 90% cover what they say within about two standard errors; the Gaussian's are too wide, "
-        "those of 50% by far."
+        "The flow's intervals of 90% cover what they say within about two standard errors; the Gaussian's are too "
+        "wide, those of 50% by far."
     ),
     "32": (
         "The intervals are a little too wide, those of 50% by far, as the Gaussian's are: the pictures show texture in "
