@@ -107,6 +107,11 @@ def azula_denoiser() -> nn.Module:
     return Trained(Residual(2), VPSchedule())
 
 
+OF_DATA = (
+    "A velocity is the prediction of the data divided by the noise (`x0`), which is 0.01 at the first of the DDPM's "
+    "levels: the network's errors come out a hundredfold there. EDM's preconditioning exists to prevent this."
+)
+
 KINDS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "edm": (EDM, {"noise": SIGMAS}),
     **{
@@ -179,6 +184,8 @@ def moons(names: list[str], steps: int, only_train: bool, lines: list[str]) -> N
             f"| {name} | {float(gap.mean()):.4f} | {float(gap.std()) / len(gap) ** 0.5:.4f} | {numbers['evaluations']} "
             f"| {numbers['round_trip_rmse']:.0e} | {variance:.3f} |",
         )
+    if "x0" in names and not only_train:
+        show(lines, "\n" + OF_DATA)
 
 
 def estimates(steps: int, lines: list[str]) -> None:
@@ -227,7 +234,7 @@ def main() -> None:
     moons(options.only, options.steps, options.train, lines)
     if not options.train:
         estimates(options.steps, lines)
-        show(lines, f"\n`python benchmarks/denoisers.py`; seed 0; {machine('azula')}")
+        show(lines, f"\n`python benchmarks/denoisers.py --steps {options.steps}`; seed 0; {machine('azula')}")
         write_section(RESULTS, "denoisers", lines)
 
 
