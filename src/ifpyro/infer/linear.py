@@ -24,6 +24,9 @@ the walk keep its direction,
 
 The prior is that of the stochastic reverse process with the flow's network: the flow's own, as far as network and
 steps are exact.
+
+Where the posterior has well separated modes, a draw stays in that to which annealing brought it, and the modes' weights
+can be far off (``benchmarks/truth_mixture.py`` measures it): :class:`ifpyro.SMC` is for those.
 """
 
 import math
