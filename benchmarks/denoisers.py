@@ -1,6 +1,6 @@
 """Pretrained denoisers as flows: one network trained under every parametrisation, beside a flow trained directly.
 
-    python benchmarks/denoisers.py [--steps 1500] [--only fit edm epsilon v x0 flow azula] [--train]
+    python benchmarks/denoisers.py [--steps 20000] [--only fit edm epsilon v x0 flow azula] [--train]
 
 Moons, 20,000 points, whose exact density is known. Every denoiser is the same residual network trained by the recipe of
 its own literature (Adam, annealed, moving average), as any other library would have; ``ifpyro.from_denoiser`` then
@@ -224,7 +224,7 @@ def estimates(steps: int, lines: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500, help="of training each (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=20_000, help="of training each (default: %(default)s)")
     names = ["fit", *KINDS]
     parser.add_argument("--only", nargs="*", default=names, choices=names)
     parser.add_argument("--train", action="store_true", help="train and keep what is missing, measure nothing")

@@ -9,6 +9,7 @@ the flow, ``t = u^p`` with its own ``p``. Chains ask for 0.85 and 0.50, SMC's pa
 """
 
 import argparse
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def cells(name: str, method: str) -> list[str]:
         if evaluations % stages:
             found.append("")
             continue
-        mean, nearly_all = acceptance(name, Grid(evaluations // stages, method=method))
+        mean, nearly_all = acceptance(name, method, evaluations // stages)
         found.append(f"{mean:.2f} / {nearly_all:.2f}")
         for agreement in (CLOSE, LOOSE):
             if mean >= agreement.mean and nearly_all >= agreement.nearly_all:
@@ -56,17 +57,24 @@ def cells(name: str, method: str) -> list[str]:
     return found + [str(enough.get(agreement, "more")) for agreement in (CLOSE, LOOSE)]
 
 
-def acceptance(name: str, grid: Grid) -> tuple[float, float]:
-    """Of proposals from one draw to another that follow the map of a grid."""
+@cache
+def draws_of(name: str) -> tuple[posterior.Problem, float, Tensor, Tensor]:
+    """A problem, the power of its flow's grid, latents of draws of its posterior, and their exact log-likelihoods."""
     problem = posterior.PROBLEMS[name](False)
     flow = problem.flow
     x, w = reference(name)
     rows = x[torch.multinomial(w, 256, replacement=True, generator=torch.Generator().manual_seed(0))]
     with torch.no_grad():
         z = flow.encode(rows.reshape(-1, *flow.event_shape))
-        exact = problem.likelihood(flow.decode(z))
-        flow.grid = Grid(grid.steps, flow.grid.power, grid.method)
-        gap: Tensor = problem.likelihood(flow.decode(z)) - exact
+        return problem, flow.grid.power, z, problem.likelihood(flow.decode(z))
+
+
+def acceptance(name: str, method: str, steps: int) -> tuple[float, float]:
+    """Of proposals from one draw to another that follow the map of so many steps."""
+    problem, power, z, exact = draws_of(name)
+    problem.flow.grid = Grid(steps, power, method)
+    with torch.no_grad():
+        gap = problem.likelihood(problem.flow.decode(z)) - exact
     accept = (gap[:, None] - gap[None]).clamp(max=0).exp().nan_to_num(0.0).mean(1)
     return float(accept.mean()), float(accept.quantile(0.05))
 

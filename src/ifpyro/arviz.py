@@ -172,9 +172,8 @@ def to_arviz(
 
 def pareto_k(log_weight: np.ndarray) -> float:
     """Shape of the generalised Pareto tail of importance weights, by ArviZ's ``psislw``."""
-    with np.errstate(
-        over="ignore"
-    ):  # of candidates for the shape that are far off: their weight is 1 / inf, as it should
+    # Candidates for the shape that are far off overflow: their weight is 1 / inf, as it should be.
+    with np.errstate(over="ignore"):
         if hasattr(arviz, "psislw"):
             return float(arviz.psislw(log_weight)[1])
         # From 1.0 on it lives with ArviZ's array functions, and takes log-likelihoods left out: minus the log-weights.
