@@ -9,6 +9,7 @@ the flow, ``t = u^p`` with its own ``p``. Chains ask for 0.85 and 0.50, SMC's pa
 """
 
 import argparse
+from dataclasses import replace
 from functools import cache
 
 import torch
@@ -58,21 +59,21 @@ def cells(name: str, method: str) -> list[str]:
 
 
 @cache
-def draws_of(name: str) -> tuple[posterior.Problem, float, Tensor, Tensor]:
-    """A problem, the power of its flow's grid, latents of draws of its posterior, and their exact log-likelihoods."""
+def draws_of(name: str) -> tuple[posterior.Problem, Grid, Tensor, Tensor]:
+    """A problem, its flow's grid, latents of draws of its posterior, and their exact log-likelihoods."""
     problem = posterior.PROBLEMS[name](False)
     flow = problem.flow
     x, w = reference(name)
     rows = x[torch.multinomial(w, 256, replacement=True, generator=torch.Generator().manual_seed(0))]
     with torch.no_grad():
         z = flow.encode(rows.reshape(-1, *flow.event_shape))
-        return problem, flow.grid.power, z, problem.likelihood(flow.decode(z))
+        return problem, flow.grid, z, problem.likelihood(flow.decode(z))
 
 
 def acceptance(name: str, method: str, steps: int) -> tuple[float, float]:
     """Of proposals from one draw to another that follow the map of so many steps."""
-    problem, power, z, exact = draws_of(name)
-    problem.flow.grid = Grid(steps, power, method)
+    problem, grid, z, exact = draws_of(name)
+    problem.flow.grid = replace(grid, steps=steps, method=method)
     with torch.no_grad():
         gap = problem.likelihood(problem.flow.decode(z)) - exact
     accept = (gap[:, None] - gap[None]).clamp(max=0).exp().nan_to_num(0.0).mean(1)

@@ -164,6 +164,8 @@ CASES = {
     "no steps": (lambda: Grid(0), ValueError, "steps to be a positive integer, got 0"),
     "fractional steps": (lambda: Grid(2.5), ValueError, "positive integer, got 2.5"),
     "no grid power": (lambda: Grid(4, power=0.0), ValueError, "power > 0, got 0.0"),
+    "knots that start late": (lambda: Grid(4, knots=(0.1, 1.0)), ValueError, "knots from 0 to 1, got 0.1 to 1.0"),
+    "knots that stand still": (lambda: Grid(4, knots=(0.0, 0.5, 0.5, 1.0)), ValueError, "knots that increase"),
     "unknown method": (lambda: Grid(4, method="rk45"), ValueError, "among .*'rk4'.*, got 'rk45'"),
     "fidelity of nothing": (lambda: ifpyro.fidelity().__enter__(), ValueError, "exactly one of them"),
     "fidelity of both": (lambda: ifpyro.fidelity("fine", steps=3).__enter__(), ValueError, "exactly one of them"),
@@ -251,7 +253,7 @@ def edited(path):
 
 def newer(path):
     FLOW.save(path)
-    path.write_bytes(path.read_bytes().replace(b'"format_version":"1"', b'"format_version":"9"'))
+    path.write_bytes(path.read_bytes().replace(b'"format_version":"2"', b'"format_version":"9"'))
 
 
 FILES = {
@@ -264,7 +266,7 @@ FILES = {
     truncated: (ValueError, "damaged or was not written by ifpyro"),
     flipped: (ValueError, "does not match the checksum"),
     edited: (ValueError, "does not match the checksum"),
-    newer: (ValueError, "format version 9, newer than the 1 .* upgrade ifpyro"),
+    newer: (ValueError, "format version 9, newer than the 2 .* upgrade ifpyro"),
 }
 
 

@@ -378,7 +378,7 @@ class InflationaryFlow(nn.Module):
         if level == "fine":
             return self.grid
         if isinstance(level, Evaluations):
-            return cheap_grid(level.count, self.grid.power)
+            return cheap_grid(level.count, self.grid)
         return replace(self.grid, steps=self.coarse_steps if level == "coarse" else level)
 
     def _check(self, value: Tensor, event: torch.Size, name: str) -> None:

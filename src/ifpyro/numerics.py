@@ -3,15 +3,18 @@
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .fidelity import fidelity
 from .flow import InflationaryFlow
-from .ode import Grid
+from .ode import Grid, take
 
 STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
-POWERS = (1.0, 1.5, 2.0)
+MEASURED = 24  # steps whose errors are measured to place the others
+KNOTS = 33
+ROUNDING = 1e-7  # standard deviations; the error of a step in single precision is not known below it
 MOST_STEPS = 16  # what the log-density may ask for: 64 evaluations with rk4
 LOG_PROB = 5.0  # nats of error in the log-density, on average, for one standard deviation of tolerance
 MOST_REFINEMENTS = 5
@@ -21,11 +24,12 @@ ROUND_TRIP = 2e-5  # standard deviations; rounding alone leaves about 1e-6 in si
 def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int = 256) -> None:
     """Give the flow the fewest steps whose step-doubling error is within tolerance, its coarse map, and its inverse.
 
-    The error of a grid is the root-mean-square difference, in units of the data's standard deviations, between decoding
-    with it and with twice its steps, over the latents of held-out rows. Up to 16 steps are granted to bring the mean
-    error of the log-density below five times the tolerance (in nats), since thin data stretch it more than the
-    positions. The coarse map is the cheapest one whose error is below a hundredth of a standard deviation; the inverse
-    is refined until it closes the round trip. What was measured goes into ``flow.report["numerics"]``.
+    The steps lie where they are needed (:func:`knots_for`). The error of a grid is the root-mean-square difference, in
+    units of the data's standard deviations, between decoding with it and with twice its steps, over the latents of
+    held-out rows. Up to 16 steps are granted to bring the mean error of the log-density below five times the tolerance
+    (in nats), since thin data stretch it more than the positions. The coarse map is the cheapest one whose error is
+    below a hundredth of a standard deviation; the inverse is refined until it closes the round trip. What was measured
+    goes into ``flow.report["numerics"]``.
 
     Args:
         flow: the flow; its ``grid`` and ``coarse_steps`` are replaced.
@@ -35,29 +39,57 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
     """
     x = x[: _affordable(rows, flow)]
     with torch.no_grad():
-        flow.grid = Grid(MOST_STEPS, POWERS[1])  # of whatever accuracy, these are latents to decode from
+        flow.grid = Grid(MOST_STEPS)  # of whatever accuracy, these are latents to decode from
         z = flow.encode(x)
-        chosen, error = flow.grid, float("inf")
+        knots = knots_for(flow, z)
+        errors: dict[Grid, float] = {}
         for steps in STEPS:
-            errors = {power: doubling_error(flow, z, Grid(steps, power)) for power in POWERS}
-            power = min(errors, key=lambda p: errors[p])
-            if errors[power] < error:
-                chosen, error = Grid(steps, power), errors[power]
-            if error <= tolerance:
+            grid = Grid(steps, knots=knots)
+            errors[grid] = doubling_error(flow, z, grid)
+            if errors[grid] <= tolerance:
                 break
-        flow.grid = chosen
+        flow.grid = min(errors, key=lambda grid: errors[grid])
         exact = flow.latent_dim <= flow.exact_up_to  # an estimated log-density has an error of its own
         while exact and flow.grid.steps < MOST_STEPS and _log_prob_error(flow, x) > LOG_PROB * tolerance:
-            flow.grid = replace(chosen, steps=flow.grid.steps + 2)
+            flow.grid = replace(flow.grid, steps=flow.grid.steps + 2)
         chosen = flow.grid
         flow.coarse_steps = next(
-            (s for s in STEPS if s < chosen.steps and doubling_error(flow, z, replace(chosen, steps=s)) < 1e-2),
-            chosen.steps,
+            (g.steps for g, error in errors.items() if g.steps < chosen.steps and error < 1e-2), chosen.steps
         )
         for flow.refinements in range(1, MOST_REFINEMENTS + 1):
             if round_trip(flow, x)[0] <= ROUND_TRIP:
                 break
     flow.report["numerics"] = {"tolerance": tolerance, **measure(flow, x)}
+
+
+def knots_for(flow: InflationaryFlow, z: Tensor) -> tuple[float, ...]:
+    r"""The times at equal shares of the effort that decoding ``z`` takes: knots of a :class:`~ifpyro.ode.Grid`.
+
+    If the error of one step of length ``h`` at time ``t`` is ``c(t) h^(p+1)``, so many steps have the least sum of
+    errors where their density is proportional to ``c^{1/(p+1)}``. Along the paths from ``z`` the root-mean-square error
+    ``e_k`` of single steps of length ``h_k`` is measured against two of half the length. Errors of neighbouring steps
+    cancel in part, and the more the harder the stretch, so that the power 1/4 in place of 1/5 for rk4
+
+    .. math:: \rho_k \propto e_k^{1/4} / h_k
+
+    came out ahead on flows of 2 to 64 dimensions.
+
+    Args:
+        flow: the flow.
+        z: latents ``(n, D)``.
+    """
+    once, twice = flow.solver(z, Grid(MEASURED)).to_data, flow.solver(z, Grid(2 * MEASURED)).to_data
+    efforts = torch.empty(MEASURED, dtype=torch.double)
+    y = z
+    for k, step in enumerate(once):
+        halved = take(flow.velocity, twice[2 * k + 1], take(flow.velocity, twice[2 * k], y))
+        error = float((take(flow.velocity, step, y) - halved).square().mean().sqrt())
+        efforts[MEASURED - 1 - k] = (error + ROUNDING) ** 0.25  # paths run from time 1 to 0
+        y = halved
+    nodes = Grid(MEASURED).times().numpy()
+    share = torch.cat([efforts.new_zeros(1), efforts.cumsum(0)]) / efforts.sum()
+    inner = np.interp(np.arange(1, KNOTS - 1) / (KNOTS - 1), share.numpy(), nodes)
+    return (0.0, *inner.tolist(), 1.0)
 
 
 def measure(flow: InflationaryFlow, x: Tensor) -> dict[str, Any]:

@@ -16,7 +16,8 @@ Tableaux: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (1
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -66,11 +67,24 @@ TABLEAUX = {
 
 @dataclass(frozen=True)
 class Grid:
-    """A fixed grid: ``t_k = (k / steps)^power``, denser near the data end for ``power > 1``."""
+    """A fixed grid: ``t_k = (k / steps)^power``, denser near the data end for ``power > 1``, or as ``knots`` say.
+
+    Attributes:
+        steps: number of steps.
+        power: of the nodes, if there are no knots.
+        method: name of a Runge-Kutta method.
+        knots: times ``0 < ... < 1``, both included, with as many steps between any two neighbours; a number of
+            steps that does not divide evenly falls between them linearly. So one set of knots, where steps are short
+            because solving is hard, serves any number of steps (`ifpyro.numerics.choose_grid` measures it).
+
+    Raises:
+        ValueError: on an unknown method, or numbers out of range.
+    """
 
     steps: int = 16
     power: float = 1.5
     method: str = "rk4"
+    knots: tuple[float, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.method not in TABLEAUX:
@@ -79,6 +93,10 @@ class Grid:
             raise ValueError(f"a grid expects steps to be a positive integer, got {self.steps!r}")
         if not self.power > 0:
             raise ValueError(f"a grid expects power > 0, got {self.power!r}")
+        if self.knots and (self.knots[0], self.knots[-1]) != (0.0, 1.0):
+            raise ValueError(f"a grid expects knots from 0 to 1, got {self.knots[0]!r} to {self.knots[-1]!r}")
+        if not all(a < b for a, b in pairwise(self.knots)):
+            raise ValueError("a grid expects knots that increase from each to the next")
 
     @property
     def evaluations(self) -> int:
@@ -87,10 +105,16 @@ class Grid:
 
     def times(self) -> Tensor:
         """The ``steps + 1`` nodes, double precision."""
-        return torch.linspace(0, 1, self.steps + 1, dtype=torch.double) ** self.power
+        share = torch.linspace(0, 1, self.steps + 1, dtype=torch.double)
+        if not self.knots:
+            return share**self.power
+        knots = torch.tensor(self.knots, dtype=torch.double)
+        place = share * (len(knots) - 1)
+        left = place.long().clamp(max=len(knots) - 2)
+        return torch.lerp(knots[left], knots[left + 1], place - left)
 
 
-def cheap_grid(evaluations: int, power: float) -> Grid:
+def cheap_grid(evaluations: int, grid: Grid) -> Grid:
     """What so few evaluations are best spent on: Euler steps, beyond 6 midpoint steps, beyond 18 those of rk4.
 
     Trained flows are nearly straight in angles, so that many low steps beat few high ones: how far a density seen
@@ -98,10 +122,10 @@ def cheap_grid(evaluations: int, power: float) -> Grid:
 
     Args:
         evaluations: of the velocity in one solve; a remainder that makes no step is not used.
-        power: of the grid.
+        grid: whose nodes to take, in their density.
     """
     method = "euler" if evaluations <= 6 else "midpoint" if evaluations <= 18 else "rk4"
-    return Grid(evaluations // TABLEAUX[method].stages, power, method)
+    return replace(grid, steps=evaluations // TABLEAUX[method].stages, method=method)
 
 
 @dataclass(frozen=True)

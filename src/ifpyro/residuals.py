@@ -25,13 +25,13 @@ what it would be if nothing cancelled.
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .flow import InflationaryFlow
-from .ode import Grid, build_solver, take
+from .ode import build_solver, take
 from .velocity import GaussianMixtureVelocity, Velocity
 
 
@@ -110,7 +110,7 @@ def path_errors(flow: InflationaryFlow, reference: Velocity, x: Tensor, steps: i
         x: data, ``(n, *event_shape)``.
         steps: solver steps, at whose nodes errors are taken.
     """
-    grid = Grid(steps, flow.grid.power, flow.grid.method)
+    grid = replace(flow.grid, steps=steps)
     y = _standard(flow, x)
     like = next((b for b in [*reference.parameters(), *reference.buffers()] if b.is_floating_point()), y)
     times = grid.times().to(y.device)

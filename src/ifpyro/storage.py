@@ -5,6 +5,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +23,7 @@ from .schedule import Schedule
 from .support import support_from_dict, support_to_dict
 from .velocity import Velocity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], kind: str, header: dict[str, Any]) -> None:
@@ -102,7 +103,7 @@ def save_flow(flow: InflationaryFlow, path: str | Path) -> None:
         "network": flow.velocity.spec(),
         "event_shape": list(flow.event_shape),
         "support": None if flow.support is None else support_to_dict(flow.support),
-        "grid": {"steps": flow.grid.steps, "power": flow.grid.power, "method": flow.grid.method},
+        "grid": asdict(flow.grid),
         "coarse_steps": flow.coarse_steps,
         "refinements": flow.refinements,
         "report": flow.report,
@@ -140,7 +141,7 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
         velocity.to(dtype),
         event_shape=header["event_shape"],
         support=None if header["support"] is None else support_from_dict(header["support"]),
-        grid=Grid(**header["grid"]),
+        grid=Grid(**{**header["grid"], "knots": tuple(header["grid"].get("knots", ()))}),
         coarse_steps=header["coarse_steps"],
         refinements=header["refinements"],
         report=header["report"],
