@@ -66,8 +66,8 @@ def knots_for(flow: InflationaryFlow, z: Tensor) -> tuple[float, ...]:
     r"""The times at equal shares of the effort that decoding ``z`` takes: knots of a :class:`~ifpyro.ode.Grid`.
 
     If the error of one step of length ``h`` at time ``t`` is ``c(t) h^(p+1)``, a given number of steps has the least
-    sum of errors where their density is proportional to ``c^{1/(p+1)}``. Along the paths from ``z`` the root-mean-square
-    error ``e_k`` of single steps of length ``h_k`` is measured against two of half the length, and the density is
+    sum of errors where their density is proportional to ``c^{1/(p+1)}``. Along the paths from ``z``, the error ``e_k``
+    (root mean square) of single steps of length ``h_k`` is measured against two of half the length; the density is
 
     .. math:: \rho_k \propto e_k^{1/4} / h_k .
 
