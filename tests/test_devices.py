@@ -32,7 +32,7 @@ def image_flow(kind="low_rank"):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = ImageVelocity(Convolutions(), (3, 4, 4))
-    basis = Basis.choose(x.flatten(1), kind)
+    basis = Basis.choose(x.flatten(1), kind, event_shape=x.shape[1:])
     return InflationaryFlow(basis, Schedule.details_first(), network, event_shape=(3, 4, 4), grid=Grid(6))
 
 
@@ -59,7 +59,7 @@ def test_batches_in_parts():
             flow.encode(x, batch_size=bad)
 
 
-@pytest.mark.parametrize("kind", ["pca", "low_rank", "identity"])
+@pytest.mark.parametrize("kind", ["pca", "separable", "low_rank", "identity"])
 def test_reduced_precision_keeps_states_in_full(kind):
     flow = image_flow(kind)
     z = latents(flow, 8)

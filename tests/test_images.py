@@ -40,7 +40,7 @@ def velocity(dtype=torch.float32):
         return ImageVelocity(Convolution(), SHAPE).to(dtype)
 
 
-KINDS = {"pca": {}, "low_rank": {"rank": 5}, "identity": {}}
+KINDS = {"pca": {}, "separable": {"event_shape": SHAPE}, "low_rank": {"rank": 5}, "identity": {}}
 
 
 def flow_of(kind, dtype=torch.double, **options):

@@ -99,8 +99,9 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument(
         "--basis",
         default="auto",
-        choices=("auto", "pca", "low_rank", "identity"),
-        help="the axes: all principal ones, the leading ones, or the columns themselves (default: by their number)",
+        choices=("auto", "pca", "separable", "low_rank", "identity"),
+        help="the axes: all principal ones, those of an image's dimensions, the leading ones, or the columns "
+        "themselves (default: by their number)",
     )
     fit.add_argument(
         "--support",

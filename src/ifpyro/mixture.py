@@ -23,7 +23,7 @@ def mixture_parts(
     centred = m - mean
     covariance = torch.einsum("k,kij->ij", w, cov + centred.unsqueeze(-1) * centred.unsqueeze(-2))
     exact = Basis.from_moments(mean, covariance, m)
-    unit = exact.rotation / exact.scale
+    unit = exact.rotate(torch.eye(len(mean)).to(m)) / exact.scale
     velocity = GaussianMixtureVelocity(
         w.to(means), exact.to_standard(m).to(means), (unit.T @ cov @ unit).to(means), schedule.angles(exact.scale)
     )

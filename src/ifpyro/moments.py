@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .pool import Pool
 
+CHUNK = 4096  # rows
+
 
 class Moments:
     """Running moments of rows of ``D`` columns.
@@ -66,3 +68,11 @@ class Moments:
     def covariance(self) -> Tensor:
         """``Sigma``, ``(D, D)``, double precision; of full moments only."""
         return (self._products - torch.outer(self._first, self._first) / self.count) / (self.count - 1)
+
+
+def mean_and_sd(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the columns of rows in memory, in double precision without a copy of all in it."""
+    mean = sum((part.sum(0, dtype=torch.double) for part in x.split(CHUNK)), x.new_zeros((), dtype=torch.double))
+    mean = mean / len(x)
+    square = sum(((part.double() - mean).square().sum(0) for part in x.split(CHUNK)), torch.zeros_like(mean))
+    return mean, (square / (len(x) - 1)).sqrt()

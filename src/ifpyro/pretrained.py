@@ -17,6 +17,7 @@ from .numerics import choose_grid
 from .ode import Grid
 from .samples import as_samples
 from .schedule import Schedule
+from .separable import fits
 
 _ROWS = 256  # drawn from the flow to tune the solver, where there are no samples
 _ROWS_AN_AXIS = 4  # for "auto" to take all eigenvectors of the samples' covariance
@@ -67,8 +68,9 @@ def from_denoiser(
         mean: of the data, a number or an array of the event's shape, without samples; zero of the network by default.
         sigma_data: standard deviation of the data, without samples: 0.5 of the network's units by default, as for
             images between -1 and 1.
-        basis: the axes of the latent, ``"pca"``, ``"low_rank"``, ``"identity"`` or a :class:`~ifpyro.basis.Basis`. By
-            default chosen by the number of columns and of samples; without samples ``"identity"``.
+        basis: the axes of the latent, ``"pca"``, ``"separable"``, ``"low_rank"``, ``"identity"`` or a
+            :class:`~ifpyro.basis.Basis`. By default chosen by the shape and number of samples; without samples
+            ``"identity"``.
         schedule: one with equal noise on all axes; the whole range of the network's noise by default.
         rescale: ``(factor, shift)``, numbers or arrays that broadcast to an event: the network sees
             ``factor * x + shift`` of your data, ``(2, -1)`` for data in [0, 1] and a network on [-1, 1].
@@ -216,8 +218,9 @@ def _axes(
         rows = x.flatten(1)
         seen = rows * factor.to(rows) + shift.to(rows)
         if kind == "auto" and kind_for("auto", seen.shape[1]) == "pca" and len(seen) < _ROWS_AN_AXIS * seen.shape[1]:
-            kind = "low_rank" if len(seen) > 16 and seen.shape[1] > 1 else "identity"
-        found = Basis.choose(seen, kind).to(factor)
+            few = "separable" if fits(shape) else "low_rank"
+            kind = few if len(seen) > 16 and seen.shape[1] > 1 else "identity"
+        found = Basis.choose(seen, kind, event_shape=shape).to(factor)
         return Basis((found.mean - shift) / factor, found.rotation, found.scale, 1 / factor).to(like)
     if kind not in ("auto", "identity"):
         raise ValueError(f"basis={kind!r} is found from data: it expects samples, or give a Basis")

@@ -235,7 +235,7 @@ def gaussian(flow: InflationaryFlow, train: Tensor | None) -> InflationaryFlow:
     """The Gaussian with the moments of the unconstrained training rows ``(n, D)``, or else the flow's own."""
     # A velocity of zero makes a flow its own Gaussian; with it the schedule and the grid have no effect.
     basis = flow.basis
-    if train is not None and basis.principal == basis.dim:  # otherwise there are too many columns for a covariance
+    if train is not None and basis.kind == "pca":  # otherwise there are too many columns for a covariance
         basis = Basis.from_samples(train, own_units=True)
     with torch.random.fork_rng(devices=[]):  # its layers draw weights that nothing uses
         velocity = MLP(flow.latent_dim, width=1, blocks=1).to(flow.basis.scale)

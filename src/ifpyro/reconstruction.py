@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .basis import Basis, kind_for
+from .basis import PCA_UP_TO
 from .flow import InflationaryFlow
+from .subspace import default_rank, leading_axes
 
 _ROWS = 1024
 _FEWEST = 32
@@ -98,13 +99,14 @@ def measure(flow: InflationaryFlow, train: Tensor, held_out: Tensor) -> dict[str
         held_out: other data; at most the first 1024 rows are used, fewer in more than 128 dimensions.
 
     Returns:
-        Plain data: ``k``, the powers of two up to the number of principal axes, and that where it is all; ``error``
-        and ``pca``, the shares ``e_k`` of the flow and of principal components; ``error_se``, the standard error over
-        rows; and the ``rows``.
+        Plain data: ``k``, the powers of two up to the number of principal axes (256 beyond 1,024 columns), and that
+        where it is all; ``error`` and ``pca``, the shares ``e_k`` of the flow and of principal components;
+        ``error_se``, the standard error over rows; and the ``rows``.
     """
     dim = flow.latent_dim
-    ks = [2**i for i in range(dim.bit_length()) if 2**i < dim and 2**i <= flow.basis.principal]
-    ks += [dim] if flow.basis.principal == dim else []
+    most = min(flow.basis.principal, dim if dim <= PCA_UP_TO else default_rank(len(train), dim))
+    ks = [2**i for i in range(dim.bit_length()) if 2**i < dim and 2**i <= most]
+    ks += [dim] if most == dim else []
     rows = max(_FEWEST, min(_ROWS, _ROWS * 128**2 // dim**2))
     ours, theirs, total = lost(flow, train, held_out[:rows], ks)
     error = ours.mean(-1) / total.mean()
@@ -135,7 +137,7 @@ def lost(flow: InflationaryFlow, train: Tensor, x: Tensor, ks: Sequence[int]) ->
     own_units = bool((flow.basis.unit != 1).any())
     unit = columns.std(0) if own_units else torch.ones_like(columns[0])
     mean = columns.mean(0)
-    axes = _principal_axes((columns - mean) / unit)
+    axes = _principal_axes((columns - mean) / unit, max(ks))
     rows = x.flatten(1).double()
     with torch.no_grad():
         z = flow.encode(x)
@@ -147,8 +149,9 @@ def lost(flow: InflationaryFlow, train: Tensor, x: Tensor, ks: Sequence[int]) ->
     return ((left - rows) / unit).square().sum(-1), theirs, total
 
 
-def _principal_axes(centred: Tensor) -> Tensor:
-    """Eigenvectors of the covariance, leading first, ``(D, r)``: all of them, or those that a large basis has."""
-    if kind_for("auto", centred.shape[1]) != "pca":
-        return Basis.low_rank(centred).rotation
+def _principal_axes(centred: Tensor, count: int) -> Tensor:
+    """Eigenvectors of the covariance, leading first, ``(D, r)``: all of them, or ``count`` where that is too many."""
+    dim = centred.shape[1]
+    if dim > PCA_UP_TO:
+        return leading_axes(centred, torch.zeros_like(centred[0]), torch.ones_like(centred[0]), count)[0]
     return torch.linalg.eigh(torch.cov(centred.T).reshape(centred.shape[1], -1))[1].flip(1)

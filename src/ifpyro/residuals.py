@@ -138,7 +138,7 @@ def mixture_velocity(
         covariances: ``(K, D, D)``.
     """
     basis = copy.deepcopy(flow.basis).double()
-    to_axes = basis.rotation / basis.unit.unsqueeze(1) / basis.scale
+    to_axes = basis.rotate(torch.diag(1 / basis.unit)) / basis.scale
     covariance = to_axes.T @ covariances.double() @ to_axes
     return GaussianMixtureVelocity(weights.double(), basis.to_standard(means.double()), covariance, flow.angles)
 

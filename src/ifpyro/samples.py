@@ -96,7 +96,8 @@ def check_count(rows: int, columns: int) -> None:
     if rows < least:
         raise ValueError(
             f"expected at least {least} training rows for {columns} columns (the covariance must have full "
-            f"rank), got {rows}; collect more, reduce the columns first, or use basis='low_rank', which needs fewer"
+            f"rank), got {rows}; collect more, reduce the columns first, or use basis='low_rank' ('separable' for "
+            "images), which needs fewer"
         )
 
 

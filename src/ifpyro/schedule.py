@@ -293,7 +293,7 @@ class Reducing(Schedule):
         if principal < self.keep <= dim:
             raise ValueError(
                 f"reducing(keep={self.keep}) expects a basis with at least {self.keep} principal axes, got {principal} "
-                f"among {dim}; use basis='pca', or Basis.low_rank(x, rank={self.keep}) or more"
+                f"among {dim}; use basis='pca', 'separable' for images, or Basis.low_rank(x, rank={self.keep}) or more"
             )
 
     def lines(self, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -329,7 +329,8 @@ class Exponential(Schedule):
         if len(set(self.g[principal:])) > 1:
             raise ValueError(
                 f"exponential expects one g for all axes that are not principal, and this basis has {principal} "
-                f"principal axes among {dim}; use basis='pca', or the same g from entry {principal} on"
+                f"principal axes among {dim}; use basis='pca', 'separable' for images, or the same g from entry "
+                f"{principal} on"
             )
 
     def lines(self, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from .images import build_velocity
 from .ode import Grid
 from .pretrained import restore
 from .schedule import Schedule
+from .separable import SeparableAxes
 from .support import support_from_dict, support_to_dict
 from .velocity import Velocity
 
@@ -136,7 +137,7 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
         velocity = network if network is not None else build_velocity(header["network"])
     dtype = tensors["basis.scale"].dtype
     flow = InflationaryFlow(
-        Basis(*(tensors[f"basis.{name}"] for name in ("mean", "rotation", "scale", "unit"))),
+        _basis(tensors),
         Schedule.from_dict(header["schedule"]),
         velocity.to(dtype),
         event_shape=header["event_shape"],
@@ -151,6 +152,17 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
     return flow.to(device) if device is not None else flow
+
+
+def _basis(tensors: dict[str, Tensor]) -> Basis:
+    rotation: Tensor | SeparableAxes
+    if "basis.rotation" in tensors:
+        rotation = tensors["basis.rotation"]
+    else:
+        count = sum(name.startswith("basis.rotation.factor_") for name in tensors)
+        factors = [tensors[f"basis.rotation.factor_{k}"] for k in range(count)]
+        rotation = SeparableAxes(factors, tensors["basis.rotation.order"])
+    return Basis(tensors["basis.mean"], rotation, tensors["basis.scale"], tensors["basis.unit"])
 
 
 def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:

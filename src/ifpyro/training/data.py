@@ -54,16 +54,16 @@ class InMemory:
         self.first = x[:256]
         self.kept, self.held_out = split(x, validation, generator)
         self._train = free_rows(self.kept, support, "x")
+        self._free_shape = free_shape(self.first, support)
         self._held_out = free_rows(self.held_out, support, "validation")
         self.count = len(self._train)
 
     def basis(self, own_units: bool | None, kind: str) -> Basis:
         """See :meth:`Data.basis`."""
-        kind = kind_for(kind, self._train.shape[1])
+        kind = kind_for(kind, self._train.shape[1], self._free_shape)
         check_trainable(self._train, full_rank=kind == "pca")
-        return Basis.choose(
-            self._train, kind, own_units=unlike_units(self._train.std(0)) if own_units is None else own_units
-        )
+        own_units = unlike_units(self._train.std(0)) if own_units is None else own_units
+        return Basis.choose(self._train, kind, own_units=own_units, event_shape=self._free_shape)
 
     def rows(self, basis: Basis) -> "RowsInMemory":
         """See :meth:`Data.rows`."""
@@ -81,6 +81,11 @@ class InMemory:
 def unlike_units(sd: Tensor) -> bool:
     """Whether columns with these standard deviations look like quantities of unlike units."""
     return bool(sd.max() >= 10 * sd.min())
+
+
+def free_shape(x: Tensor, support: Constraint | None) -> torch.Size:
+    """Shape of an event in unconstrained space."""
+    return (x if support is None else to_unconstrained(x[:1], support)).shape[1:]
 
 
 def free_rows(x: Tensor, support: Constraint | None, name: str, first: int = 0) -> Tensor:

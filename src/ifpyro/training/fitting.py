@@ -77,9 +77,11 @@ def fit(
             ``fit`` with the same arguments, all get the flow, and the result is that of one process up to rounding
             (and dropout). ``batch`` of the recipe counts the rows of all. Every process needs the data, of which it
             reads its share, but of a stream all.
-        basis: the axes: ``"pca"`` (all eigenvectors of the covariance), ``"low_rank"`` (the leading ones, and one
-            scale for the rest), ``"identity"`` (the columns themselves, one scale), or a
-            :class:`~ifpyro.basis.Basis`. By default ``pca`` up to 1,024 columns, ``low_rank`` up to 16,384.
+        basis: the axes: ``"pca"`` (all eigenvectors of the covariance), ``"separable"`` (of images and other arrays:
+            products of eigenvectors along each dimension, nearly as good and far cheaper), ``"low_rank"`` (the leading
+            eigenvectors, and one scale for the rest), ``"identity"`` (the columns themselves, one scale), or a
+            :class:`~ifpyro.basis.Basis`. By default ``pca`` up to 1,024 columns; beyond, ``separable`` for events of
+            at least two dimensions, ``low_rank`` for vectors up to 16,384 columns.
 
     Returns:
         The flow, with what was measured in ``flow.report``.

@@ -13,7 +13,7 @@ from ..moments import Moments
 from ..pool import Pool
 from ..samples import check_columns, check_count, given_rows, held_out_count, refuse_not_finite
 from ..sources import ByIndex, Chunk, Stream, row_hash
-from .data import free_rows, unlike_units
+from .data import free_rows, free_shape, unlike_units
 from .rows import RowsByIndex, RowsOfStream
 
 MOST_HELD_OUT = 16_384
@@ -86,11 +86,13 @@ class Streamed:
 
     def basis(self, own_units: bool | None, kind: str) -> Basis:
         """See :meth:`Data.basis`; all eigenvectors are those of all rows, other kinds are found from those kept."""
-        moments, kind = self._moments, kind_for(kind, len(self._moments.mean))
+        moments, shape = self._moments, free_shape(self.kept, self._support)
+        kind = kind_for(kind, len(moments.mean), shape)
         sd = moments.variance.sqrt()
         own_units = unlike_units(sd) if own_units is None else own_units
         if kind != "pca" or len(sd) > PCA_AT_MOST:
-            return Basis.choose(free_rows(self.kept, self._support, "x"), kind, own_units=own_units, seed=self._seed)
+            rows = free_rows(self.kept, self._support, "x")
+            return Basis.choose(rows, kind, own_units=own_units, seed=self._seed, event_shape=shape)
         check_count(moments.count, len(sd))
         unit = sd if own_units else torch.ones_like(sd)
         basis = Basis.from_moments(moments.mean, moments.covariance / torch.outer(unit, unit), self.kept)
