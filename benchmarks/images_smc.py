@@ -13,7 +13,8 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyro
@@ -24,7 +25,6 @@ from torch import Tensor
 import ifpyro
 from ifpyro.calibration import coverage
 from ifpyro.infer.diagnostics import convergence
-from ifpyro.infer.linear import _denoise, _ladder
 from images_flows import KINDS, train
 from images_posterior import NOISE, Task, observed, sample_crps, tasks
 from results import CACHE
@@ -33,7 +33,10 @@ PARTICLES, ISLANDS = 128, 4
 DRAWS = 256  # of linear_posterior, for each patch
 RATIOS = (0.75, 0.9)
 PART = "places"
-PATCHES, COUNT = 12, 7  # the first so many of them
+PATCHES = 12
+COUNT = {"8-colour": 7, "16": 1}  # the first so many of them
+STEPS = {"16": 6}  # of the solver; by default those that training chose
+OPTIONS: dict[str, dict[str, Any]] = {"8-colour": {}, "16": {"target_accept": 0.4, "max_steps": 12}}
 SWEEPS = 40  # from SMC's particles
 VERDICT = (
     "Both have converged, each to its own answer: SMC's islands agree, and chains of the other go back to where they "
@@ -52,10 +55,10 @@ class Found(NamedTuple):
     seconds: float
 
 
-def smc(quick: bool) -> Iterator[str]:
+def smc(name: str, quick: bool) -> Iterator[str]:
     """Means, standard deviations and coverage of the two."""
-    name, count = "8-colour", 2 if quick else COUNT
-    flow, kind = train(name, 2.0 if quick else None), KINDS[name]
+    name, count = ("8-colour", 2) if quick else (name, COUNT[name])
+    flow, kind = trained_flow(name, 2.0 if quick else None), KINDS[name]
     yield f"### Two ways to one posterior: SMC and `linear_posterior`, {kind.size} x {kind.size}"
     yield ""
     yield (
@@ -91,8 +94,20 @@ def smc(quick: bool) -> Iterator[str]:
             yield f"| {task.name} | {ratio} | {found} | {rhat:.2f} | {spread:.1f} | {temperatures:.0f} |"
             scores.append(f"| {task.name} | `linear_posterior`, {ratio} | {score(x, theirs)} | {seconds:.1f} |")
         if task.name == "in-painting":
-            ends = [restarted(flow, task, y[i], by_smc[i].draws.flatten(0, 1), ratio) for i in range(count)]
-            end = torch.stack(ends)[..., task.scored]
+            starts = torch.stack([found.draws.flatten(0, 1) for found in by_smc]).unflatten(-1, flow.event_shape)
+            end = ifpyro.linear_posterior(
+                flow,
+                task.operator,
+                y,
+                NOISE,
+                draws=starts.shape[1],
+                sweeps=SWEEPS,
+                ratio=ratio,
+                start=starts,
+                seed=2,
+                batch_size=DRAWS,
+                progress=False,
+            ).flatten(2)[..., task.scored]
             restarts = (
                 f"Chains of `linear_posterior` (ratio {ratio}) that start from SMC's particles are, after {SWEEPS} "
                 f"sweeps at the final noise, {apart(ours, end)} of SMC's standard deviations from SMC's means, and "
@@ -106,6 +121,13 @@ def smc(quick: bool) -> Iterator[str]:
     yield restarts
     yield ""
     yield VERDICT
+
+
+def trained_flow(name: str, seconds: float | None = None) -> ifpyro.InflationaryFlow:
+    """The flow of a name, with the steps of this comparison."""
+    flow = train(name, seconds)
+    flow.grid = replace(flow.grid, steps=STEPS.get(name, flow.grid.steps))
+    return flow
 
 
 def model(flow: ifpyro.InflationaryFlow, operator: Tensor, y: Tensor) -> None:
@@ -125,26 +147,14 @@ def particles(
             return Found(draws, evidence, int(kept["temperatures"]), float(kept["seconds"]))
     start = time.process_time()
     count = 32 if quick else PARTICLES
-    run = ifpyro.SMC(model, count, num_islands=ISLANDS, seed=index, progress=False).run(flow, task.operator, y)
+    sampler = ifpyro.SMC(model, count, num_islands=ISLANDS, seed=index, progress=False, **OPTIONS[name])
+    run = sampler.run(flow, task.operator, y)
     draws = run.get_samples(group_by_chain=True)["patch"].flatten(2)
     found = Found(draws, run.island_log_evidence, len(run.stages), time.process_time() - start)
     if not quick:
         columns = {"draws": found.draws.numpy(), "log_evidence": found.log_evidence.numpy()}
         np.savez(path, **columns, temperatures=found.temperatures, seconds=found.seconds)
     return found
-
-
-def restarted(flow: ifpyro.InflationaryFlow, task: Task, y: Tensor, x: Tensor, ratio: float) -> Tensor:
-    """Where the in-painting chains of ``linear_posterior`` go from patches ``x``, at the final noise."""
-    generator = torch.Generator().manual_seed(0)
-    ladder, last = _ladder(flow, NOISE, ratio)
-    seen = task.operator.sum(0) > 0
-    with torch.no_grad():
-        for _ in range(SWEEPS):
-            noised = x + NOISE * torch.randn(x.shape, generator=generator)
-            noised[:, seen] = y  # noise there is the observation's own
-            x = _denoise(flow, noised, ladder[last:], generator)
-    return x
 
 
 def apart(ours: Tensor, there: Tensor, other: Tensor | None = None) -> str:
@@ -188,7 +198,7 @@ if __name__ == "__main__":
     parser.add_argument("end", type=int)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    trained = train(options.name)
+    trained = trained_flow(options.name)
     for number in range(options.first, options.end):
         for problem in tasks(KINDS[options.name].size):
             seen = observed(options.name, problem, PART, PATCHES)[1][number]

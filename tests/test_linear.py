@@ -90,6 +90,25 @@ def test_several_observations_are_their_own_problems_and_seeds_repeat():
     assert not torch.equal(other, draws)
 
 
+def test_chains_begin_where_they_are_told_and_leave_the_posterior_as_it_is():
+    weights, operator = torch.ones(1), OPERATORS["two pixels seen"]
+    flow = InflationaryFlow.from_gaussian_mixture(weights, MEANS[:1], COVARIANCES[:1])
+    y = operator @ MEANS[0] + torch.tensor([0.5, -0.5])
+    mean, covariance = conditional(weights, MEANS[:1], COVARIANCES[:1], operator, y, 0.3)
+    noise = torch.randn(DRAWS, 4, generator=torch.Generator().manual_seed(3))
+    exact = mean + noise @ torch.linalg.cholesky(covariance).T
+    options = {"draws": DRAWS, "ratio": 0.3, "progress": False}
+    draws = ifpyro.linear_posterior(flow, operator, y, 0.3, sweeps=1, start=exact, **options)
+    assert not torch.equal(draws, exact)
+    found = errors(draws, mean, covariance)
+    assert found[0] < 4.5 * DRAWS**-0.5
+    assert found[1] < 4.5 * (2 * DRAWS) ** -0.5
+    far = ifpyro.linear_posterior(flow, operator, y, 0.3, sweeps=1, start=exact + 20, **options)
+    assert errors(far, mean, covariance)[0] > 1  # one sweep does not forget
+    with pytest.raises(ValueError, match=r"start of shape \(4000, 4\).* got \(3999, 4\)"):
+        ifpyro.linear_posterior(flow, operator, y, 0.3, start=exact[1:], **options)
+
+
 def test_bad_input():
     flow = mlp_flow(3, torch.float)
     seen = torch.eye(3)[:2]

@@ -65,6 +65,7 @@ def linear_posterior(
     draws: int = 64,
     sweeps: int = 20,
     ratio: float = 0.75,
+    start: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = True,
@@ -79,6 +80,9 @@ def linear_posterior(
         draws: number of draws for each observation; each is a chain of its own.
         sweeps: at the final noise, after annealing.
         ratio: of neighbouring noise levels, in annealing and in the reverse process: nearer 1 is more exact.
+        start: where the chains begin, ``(*batch, draws, *event_shape)``, such as draws of an earlier call that are to
+            go on or draws of another sampler: all sweeps are then at the final noise. By default nowhere, with
+            annealing.
         seed: of all randomness.
         batch_size: most rows denoised at once.
         progress: show a progress bar over sweeps.
@@ -90,6 +94,11 @@ def linear_posterior(
         ValueError: on shapes that do not fit, a flow with a support or unequal noise, or numbers out of range.
     """
     _check(flow, operator, y, sd, draws, sweeps, ratio)
+    if start is not None and start.shape != (*y.shape[:-1], draws, *flow.event_shape):
+        raise ValueError(
+            f"linear_posterior expects start of shape {(*y.shape[:-1], draws, *flow.event_shape)}, one event for each "
+            f"of {draws} draws, got {tuple(start.shape)}"
+        )
     batch, dim = y.shape[:-1], flow.latent_dim
     generator = torch.Generator(flow.device).manual_seed(seed)
     target = y.reshape(-1, 1, y.shape[-1]).expand(-1, draws, -1).reshape(-1, y.shape[-1])
@@ -99,12 +108,12 @@ def linear_posterior(
     axes = axes.to(y)
 
     ladder, last = _ladder(flow, kappa * sd, ratio)
-    plan = [*_annealing(last, ratio), *([last] * sweeps)]
+    plan = [*(_annealing(last, ratio) if start is None else []), *([last] * sweeps)]
 
     def normal(shape: torch.Size) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=y.dtype, device=y.device)
 
-    x = flow.basis.from_standard(normal(torch.Size([len(target), dim])))
+    x = flow.basis.from_standard(normal(torch.Size([len(target), dim]))) if start is None else start.reshape(-1, dim)
     noised, before = x, -1
     with torch.no_grad():
         for k in tqdm(plan, disable=not progress, desc="noise and denoise"):
