@@ -11,7 +11,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ import images_numerics
 import images_posterior
 import images_smc
 from images_flows import KINDS, data, train
+from images_gaussian import gaussian_of
 from images_posterior import save_picture, show_patches
 from paper_common import energy_distance, log_prob, mean_and_error, ratio_and_error
 from results import CACHE, machine, show, write_section
@@ -70,38 +71,6 @@ def main() -> None:
         lines += ["", f"Processor seconds, without training: {time.process_time() - start:.0f}."]
         if not options.quick:
             write_section(RESULTS, name, lines)
-
-
-class Gaussian:
-    """The Gaussian with the mean and covariance of the patches that a flow was trained on."""
-
-    def __init__(self, x: Tensor) -> None:
-        rows = x.flatten(1).double()
-        self.shape, self.mean = x.shape[1:], rows.mean(0)
-        self.variance, self.axes = torch.linalg.eigh(torch.cov(rows.T))
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Log-density of patches."""
-        white = (x.flatten(1).double() - self.mean) @ self.axes / self.variance.sqrt()
-        normaliser = self.variance.log().sum() + len(self.mean) * math.log(2 * math.pi)
-        return -0.5 * (white.square().sum(1) + normaliser)
-
-    def sample(self, count: int) -> Tensor:
-        """Patches drawn from it."""
-        noise = torch.randn(count, len(self.mean), generator=torch.Generator().manual_seed(1), dtype=torch.double)
-        return (self.mean + (noise * self.variance.sqrt()) @ self.axes.T).reshape(count, *self.shape).float()
-
-    def first(self, x: Tensor, count: int) -> Tensor:
-        """Patches projected on the leading principal axes."""
-        axes = self.axes[:, -count:]
-        rows = (x.flatten(1).double() - self.mean) @ axes @ axes.T + self.mean
-        return rows.reshape(x.shape).float()
-
-
-@cache
-def gaussian_of(name: str) -> Gaussian:
-    """The Gaussian beside the flow of a name."""
-    return Gaussian(data(name, KINDS[name].rows, "train"))
 
 
 def fit(name: str, quick: bool) -> Iterator[str]:
@@ -197,12 +166,13 @@ SECTIONS: dict[str, Callable[[bool], Iterator[str]]] = {
     "fit_16": partial(fit, "16"),
     "fit_32": partial(fit, "32"),
     "reduced_8": partial(reduced, ("8-colour", "8-colour-2")),
-    "reduced_16": partial(reduced, ("16",)),
+    "reduced_16": partial(reduced, ("16", "16-2")),
     "evaluations": images_numerics.evaluations,
     "cost": images_numerics.cost,
     "posterior_16": partial(images_posterior.posterior, "16"),
     "posterior_32": partial(images_posterior.posterior, "32"),
-    "smc": images_smc.smc,
+    "smc": partial(images_smc.smc, "8-colour"),
+    "smc_16": partial(images_smc.smc, "16"),
 }
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ writes ``benchmarks/.cache/images-16.safetensors``; an interrupted run leaves a 
 """
 
 import argparse
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,13 +19,13 @@ from images_data import patches
 from results import CACHE
 
 OCTAVES = 0.5
-RECIPE = Recipe(max_steps=100_000, batch=64, shared=1, rate=1e-3, patience=100_000, check_every=500)
+RECIPE = Recipe(max_steps=100_000, shared=1, rate=1e-3, patience=100_000, check_every=500)
 SEEN = 2000  # patches that decide which network is kept
 
 
 class Kind(NamedTuple):
     """One flow: patches of ``size`` pixels, in colour or grey, how long it is trained, the channels and patch size of
-    its U-Net (none: the library's default network), its axes, and the power of its schedule."""
+    its U-Net (none: the library's default network), the power of its schedule, and the rows of a step."""
 
     size: int
     colour: bool
@@ -32,8 +33,8 @@ class Kind(NamedTuple):
     seconds: float
     channels: tuple[int, ...] = ()
     patch: int = 2
-    basis: str = "auto"
     power: float = 1.0
+    batch: int = 64
 
 
 KINDS = {
@@ -43,7 +44,8 @@ KINDS = {
     "8-colour": Kind(8, True, 60_000, 60),
     "8-colour-2": Kind(8, True, 60_000, 60, power=2.0),
     "16": Kind(16, True, 60_000, 900, (32,)),
-    "32": Kind(32, True, 30_000, 1800, (32, 64, 64), 4, "pca"),
+    "16-2": Kind(16, True, 60_000, 900, (32,), power=2.0),
+    "32": Kind(32, True, 30_000, 1800, (32, 32, 32), batch=32),
 }
 
 
@@ -68,8 +70,7 @@ def train(name: str, seconds: float | None = None) -> ifpyro.InflationaryFlow:
         validation=data(name, SEEN, "validation"),
         schedule=ifpyro.Schedule.details_first(power=kind.power, octaves=OCTAVES),
         network=unet(x.shape[1:], kind.channels, patch=kind.patch) if kind.channels else None,
-        recipe=RECIPE if kind.channels else None,
-        basis=kind.basis,
+        recipe=replace(RECIPE, batch=kind.batch) if kind.channels else None,
         max_seconds=kind.seconds if seconds is None else seconds,
         seed=0,
         checkpoint=path.with_suffix(".checkpoint") if seconds is None else None,

@@ -24,6 +24,7 @@ import ifpyro
 from ifpyro.calibration import coverage
 from images_data import PARTS
 from images_flows import KINDS, data, train
+from images_gaussian import GaussianPosterior, gaussian_of
 from results import CACHE
 
 NOISE = 0.05
@@ -92,7 +93,7 @@ def posterior(name: str, quick: bool) -> Iterator[str]:
     yield "| task | held out | prior | 50% covers | 90% covers | 95% covers | RMSE | CRPS | s |"
     yield "|---|---|---|---|---|---|---|---|---|"
     for task in tasks(size):
-        gaussian = GaussianPosterior(flow, task.operator)
+        gaussian = GaussianPosterior(gaussian_of(name), task.operator, NOISE)
         for part in PARTS[2:]:
             x, y = observed(name, task, part, count)
             draws, seconds = sampled(flow, task, y) if quick else kept(name, task, part)
@@ -153,29 +154,6 @@ def sample_crps(truth: Tensor, draws: Tensor) -> Tensor:
     weight = 2 * torch.arange(1, count + 1) - count - 1
     spread = (weight[:, None] * ordered).sum(1) / (count * (count - 1))
     return (draws - truth[:, None]).abs().mean(1) - spread
-
-
-class GaussianPosterior:
-    """Exact under the Gaussian of a flow's basis, which must have all axes."""
-
-    def __init__(self, flow: ifpyro.InflationaryFlow, operator: Tensor) -> None:
-        self.axes = (flow.basis.rotation * flow.basis.scale).double()
-        self.centre, self.operator = flow.basis.mean.double(), operator.double()
-        self.design = self.operator @ self.axes
-        precision = torch.eye(len(self.centre), dtype=torch.double) + self.design.T @ self.design / NOISE**2
-        self.root = torch.linalg.cholesky(precision)
-
-    def mean(self, y: Tensor) -> Tensor:
-        """Posterior means ``(S, D)``."""
-        pull = (y.double() - self.operator @ self.centre) @ self.design / NOISE**2
-        return (self.centre + torch.cholesky_solve(pull.T, self.root).T @ self.axes.T).float()
-
-    def sample(self, y: Tensor, count: int = 200) -> Tensor:
-        """Posterior draws ``(S, count, D)``."""
-        generator = torch.Generator().manual_seed(2)
-        noise = torch.randn(len(self.centre), len(y) * count, generator=generator, dtype=torch.double)
-        latent = torch.linalg.solve_triangular(self.root.T, noise, upper=True)
-        return self.mean(y)[:, None] + (self.axes @ latent).T.reshape(len(y), count, -1).float()
 
 
 def picture(name: str, size: int, task: Task, x: Tensor, y: Tensor, draws: Tensor, gaussian: Tensor) -> None:
