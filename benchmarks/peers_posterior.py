@@ -19,8 +19,8 @@ in data space and in its latent space (its posterior is another one, and is what
 and in space; on digits nothing exact reaches it, and they are judged by ours); NumPyro's NUTS (64 chains, vectorized,
 trees of depth 5 at most); BlackJAX's ChEES-HMC (64 chains, 16 leapfrog steps at most) and adaptive tempered SMC; and
 our own HMC's sampling phase written in JAX, started and tuned by ours, with the same guide, whose seconds until then
-are charged to it. All of them warm up for 60 transitions. NumPyro and BlackJAX do so in one compiled call, which cannot
-be looked into: a warm-up that outlasts the cap gives no draw.
+are charged to it. Peers warm up for 60 transitions; ours, which SMC starts and tunes, for 20. NumPyro and BlackJAX do
+so in one compiled call, which cannot be looked into: a warm-up that outlasts the cap gives no draw.
 """
 
 import argparse

@@ -21,7 +21,7 @@ from peers_reference import OBSERVED
 from posterior import Problem
 
 PARTICLES = {"moons": (2048, 4096), "scurve": (2048, 4096), "digits": (1024, 4096)}  # in four islands
-WARMUP = 60  # transitions, for everybody who has a warm-up
+WARMUP, OUR_WARMUP = 60, 20  # transitions; ours, which SMC starts and tunes, needs few
 
 
 class TimeIsUp(BaseException):
@@ -158,7 +158,7 @@ def _ours(kernel: Any, problem: Problem, clock: Clock, seed: int) -> None:
         return state, stats
 
     kernel.draw = reporting
-    ifpyro.MCMC(kernel, 10**6, WARMUP, num_chains=64, seed=seed, progress=False).run(problem.y)
+    ifpyro.MCMC(kernel, 10**6, OUR_WARMUP, num_chains=64, seed=seed, progress=False).run(problem.y)
 
 
 def our_hmc_in_jax(name: str, problem: Problem, clock: Clock, seed: int = 0) -> None:
@@ -176,7 +176,7 @@ def our_hmc_in_jax(name: str, problem: Problem, clock: Clock, seed: int = 0) -> 
 
     kernel.freeze = stop  # type: ignore[method-assign]
     with contextlib.suppress(KeyboardInterrupt), warnings.catch_warnings(action="ignore"):
-        ifpyro.MCMC(kernel, 1, WARMUP, num_chains=64, seed=seed, progress=False).run(problem.y)
+        ifpyro.MCMC(kernel, 1, OUR_WARMUP, num_chains=64, seed=seed, progress=False).run(problem.y)
     proposal = kernel._proposal
     names = ("reference", "_factor", "_inverse", "_centre", "_log_det")
     fitted = None

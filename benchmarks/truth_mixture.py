@@ -8,14 +8,12 @@ sums along four rows, four columns and two diagonals. *Phase*: ``|M x + noise|``
 lost, and the posterior has up to 384 components. The noise has standard deviation 0.1.
 
 Ours, through the exact flow of the mixture, whose velocity is a reparameterised denoiser, on the grid that ``fit``
-would choose: SMC with its defaults (512 particles, 4 islands); the same with *bold steps*, for a map that all but tears
-where components meet: there proposals fail at any step size, so that a high acceptance is out of reach, and long
-trajectories are wasted (``target_accept=0.4, max_steps=12``); and that with 2,048 particles, of which every fourth draw
+would choose: SMC with its defaults (512 particles, 4 islands), and with 2,048 particles, of which every fourth draw
 counts. For linear observations also `ifpyro.linear_posterior`.
 
 azula's DPS, PGDM and MMPS (with DDPM steps) get the same exact denoiser. What they leave to their user is chosen in
 their favour, against the truth, at 1,000 steps: DPS's strength among five, MMPS's solver iterations among two. Then
-they run once more with as many evaluations a draw as the bold steps, but at most 4,000 (DPS's strength in inverse
+they run once more with as many evaluations a draw as our SMC, but at most 4,000 (DPS's strength in inverse
 proportion to the number of steps), and the better of the two runs counts.
 
 Figures, against the exact posterior: sliced Wasserstein-2 distance over 256 directions between 512 draws and as many
@@ -49,15 +47,14 @@ from results import CACHE, RESULTS, machine, write_section
 from truth_problems import DIM, MATRICES, NOISE, Mixture, Problem, make_prior, make_problem, sample
 
 DRAWS = 512
-BOLD = "ifpyro SMC, bold steps"
+OURS = "ifpyro SMC"
 TRIAL, MOST = 1000, 4000  # steps of azula's samplers: when choices are made, and at most
 
 READING = """
 All samplers have the same exact denoiser. Exact draws show how near 512 independent draws come. A well separated
 mixture is the worst case for gradients in the latent: its map all but tears between components, so that proposals fail
-there at any step size. SMC's default aim (acceptance 0.7) then shrinks the step for nothing; a lower aim and short
-trajectories (`target_accept=0.4, max_steps=12`) are better and cheaper. `linear_posterior` anneals its noise in few
-sweeps, and each draw stays in the component where it is when the noise no longer carries it across.
+there at any step size. `linear_posterior` anneals its noise in few sweeps, and each draw stays in the component where
+it is when the noise no longer carries it across.
 """
 
 
@@ -163,7 +160,7 @@ def solve(prior: Mixture, problem: Problem, seed: int) -> Iterator[tuple[str, tu
         began = time.process_time()
         x, evaluations = draw()
         seconds = time.process_time() - began
-        budget = evaluations if label == BOLD else budget
+        budget = evaluations if label == OURS else budget
         yield label, (evaluations, seconds, *figures(problem, x, seed))
     for label, choices in guided(problem).items():
         runs = [run_guided(prior, problem, choice, TRIAL, seed) for choice in choices]
@@ -189,9 +186,9 @@ def ours(prior: Mixture, problem: Problem, seed: int) -> dict[str, Callable[[], 
         else:
             pyro.sample("y", dist.Normal(mean, NOISE).to_event(1), obs=y)
 
-    def smc(times: int, **options: Any) -> tuple[Tensor, float]:
+    def smc(times: int) -> tuple[Tensor, float]:
         counted.rows = 0
-        sampler = ifpyro.SMC(model, times * DRAWS, seed=seed, progress=False, **options)
+        sampler = ifpyro.SMC(model, times * DRAWS, seed=seed, progress=False)
         x = sampler.run(observed).get_samples()["x"]
         return x[::times], counted.rows / DRAWS
 
@@ -200,12 +197,7 @@ def ours(prior: Mixture, problem: Problem, seed: int) -> dict[str, Callable[[], 
         options: dict[str, Any] = {"draws": DRAWS, "ratio": 0.9, "seed": seed, "batch_size": DRAWS, "progress": False}
         return ifpyro.linear_posterior(flow, matrix, observed, NOISE, **options), counted.rows / DRAWS
 
-    bold = {"target_accept": 0.4, "max_steps": 12}
-    found = {
-        "ifpyro SMC": lambda: smc(1),
-        BOLD: lambda: smc(1, **bold),
-        f"{BOLD}, 2,048 particles": lambda: smc(4, **bold),
-    }
+    found = {OURS: lambda: smc(1), f"{OURS}, 2,048 particles": lambda: smc(4)}
     return found if problem.signs_lost else found | {"ifpyro linear_posterior": linear}
 
 

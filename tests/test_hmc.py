@@ -9,7 +9,15 @@ from scipy import stats
 
 from exact_densities import BIASES, PROBLEMS, Warped, assert_exact, conjugate, two_modes
 from ifpyro.infer import HMC, MCMC
-from ifpyro.infer.adaptation import DualAveraging, TrajectoryLength, harmonic_mean, van_der_corput
+from ifpyro.infer.adaptation import (
+    FINE_COST,
+    SPREAD,
+    DualAveraging,
+    SpreadSteps,
+    TrajectoryLength,
+    harmonic_mean,
+    van_der_corput,
+)
 from ifpyro.infer.hamiltonian import start, transition
 from ifpyro.infer.independence import IndependenceProposal, jump
 from ifpyro.infer.integrator import leapfrog
@@ -140,6 +148,30 @@ def test_dual_averaging_finds_the_step(first):
     for _ in range(400):
         averaging.update(math.exp(-averaging.step_size))
     assert averaging.average == pytest.approx(-math.log(0.65), rel=0.1)
+
+
+@pytest.mark.parametrize("first", [0.01, 20.0])
+@pytest.mark.parametrize("hopeless", [0.0, 0.4])
+def test_particles_find_the_step_that_accepts_most_for_its_cost(first, hopeless):
+    """Whatever share of them is rejected at any step."""
+    g, steps, found = generator(), SpreadSteps(first), []
+    lives = torch.rand(1024, generator=g) > hopeless
+    for _ in range(150):
+        step = steps.draw(1024, g, torch.float64)[:, 0]
+        steps.update(torch.where(lives, (-step.square()).exp(), 0.0), round(max(1.0, 10 / steps.step_size)))
+        found.append(math.log(steps.step_size))
+    grid = torch.linspace(0.05, 3.0, 2000, dtype=torch.float64)
+    z = SPREAD * torch.linspace(-4, 4, 401, dtype=torch.float64)
+    accepted = ((-(grid[:, None] * z.exp()).square()).exp() * torch.exp(-0.5 * (z / SPREAD) ** 2)).sum(1)
+    best = float(grid[(accepted / (10 / grid + FINE_COST)).argmax()])
+    assert math.exp(sum(found[50:]) / 100) == pytest.approx(best, rel=0.1)
+
+
+def test_particles_that_are_all_rejected_take_smaller_steps():
+    steps = SpreadSteps(1.0)
+    steps.draw(64, generator(), torch.float32)
+    steps.update(torch.zeros(64), 5)
+    assert steps.step_size < 0.7
 
 
 @pytest.mark.parametrize("criterion", ["chees", "snaper"])

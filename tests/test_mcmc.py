@@ -201,6 +201,13 @@ def test_draws_and_statistics(kernel):
     assert mcmc.attributes["seed"] == 1
 
 
+def test_particles_shorten_the_warm_up():
+    warmups = [
+        MCMC(HMC(conjugate()), 5, init=init).warmup_steps for init in ("smc", "prior", {"q": torch.zeros(64, 4)})
+    ]
+    assert warmups == [50, 300, 300]
+
+
 def test_nothing_is_tuned_after_warm_up():
     mcmc = MCMC(HMC(conjugate()), 30, 30, 16, init="prior", seed=1, progress=False).run()
     assert len(mcmc.sample_stats()["step_size"].unique()) == 1

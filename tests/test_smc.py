@@ -14,7 +14,7 @@ from ifpyro.infer.diagnostics import pareto_k
 from ifpyro.infer.moves import WORTH_JUMPING
 from ifpyro.infer.population import START, prior_population, suffices
 from ifpyro.infer.target import Target
-from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
+from ifpyro.infer.tempering import along_a_curve, effective_fraction, next_temperature, systematic_resample
 
 FOUR_ERRORS = float(stats.t.isf(stats.norm.sf(4.0), 15))  # where the error is the spread of 16 islands
 
@@ -66,6 +66,21 @@ def test_systematic_resampling_gives_each_particle_its_share():
     assert not (index == 63).any()
 
 
+def test_resampling_along_a_curve_takes_from_every_region_its_share():
+    q = torch.randn(40, 512, 2, generator=generator(), dtype=torch.float64)
+    order = along_a_curve(q)
+    assert torch.equal(order.sort(1).values, torch.arange(512).expand(40, -1))
+    log_weight = -2 * (q - 0.5).square().sum(-1)
+    weight = torch.softmax(log_weight, 1)
+    errors = []
+    for rows in (torch.arange(512).expand(40, -1), order):
+        index = rows.gather(1, systematic_resample(log_weight.gather(1, rows), generator(1)))
+        values = torch.cat([q, q.square()], -1)  # means and variances, within every island
+        kept = values.gather(1, index[..., None].expand(-1, -1, 4)).mean(1)
+        errors.append((kept - (weight[..., None] * values).sum(1)).square().mean())
+    assert errors[1] < 0.25 * errors[0]
+
+
 # -- exactness -------------------------------------------------------------------------------------
 
 
@@ -75,7 +90,7 @@ def test_smc_is_exact(name, biased):
     problem = PROBLEMS[name](bias=BIASES[name] * biased)
     options = {"level": "coarse", "prior_draws": 1} if biased else {}  # the biased guide must have moves to spoil
     smc = SMC(problem, 2048, num_islands=16, seed=3, progress=False, **options).run()
-    assert abs(smc.log_evidence - problem.log_evidence) < 3 * smc.log_evidence_se < 0.5
+    assert abs(smc.log_evidence - problem.log_evidence) < 4 * smc.log_evidence_se < 0.5
     # Islands are independent: their spread is the error of the pooled estimate.
     weight = smc.sample_stats()["log_weight"][:, 0].double().softmax(0)
     for what, (values, exact) in statistics(problem, smc.positions()).items():

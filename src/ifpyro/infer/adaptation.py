@@ -1,9 +1,19 @@
 r"""Step size and trajectory length, learned from all chains at once during warm-up.
 
-Step size: dual averaging (Nesterov 2009; Hoffman & Gelman 2014, section 3.2) on the *harmonic* mean of the
+Step size of chains: dual averaging (Nesterov 2009; Hoffman & Gelman 2014, section 3.2) on the *harmonic* mean of the
 acceptance probabilities over chains (Hoffman, Radul & Sountsov 2021), which notices the slowest chains. Left
 alone it is ruled by the single worst chain: one acceptance of 1e-6 among 64 collapses the step. Each
 probability is therefore held above `FLOOR`; what is not a number counts as a rejection.
+
+Step size of particles: the one that accepts most for its cost. At trajectory length ``T`` it maximises
+
+    log E[alpha(step)] - log(T / step + FINE_COST).
+
+Every particle moves with a step of its own, ``step exp(s z)`` with ``z ~ N(0, 1)``, and the slope of the first term in
+``log step`` is ``E[alpha z] / (s E[alpha])``; Buchholz, Chopin & Jacob (2021) learn from such a spread too. Particles
+that are accepted, or rejected, at any step have no say in it. An aim for a given acceptance would shrink the step for
+nothing where some are rejected at any step: where a map all but tears. Chains must leave such places by themselves;
+particles are freed by the next resampling.
 
 Trajectory length: gradient ascent on a criterion of the expected change of a statistic ``f`` of the whitened
 position over a trajectory of length ``t = u T``, per unit of cost,
@@ -31,6 +41,15 @@ FLOOR = 0.1
 
 FINE_COST = 2.0
 """Cost of a fine evaluation and the bookkeeping of one proposal, in guide gradients."""
+
+LEAST_ACCEPTANCE = 0.02
+"""Mean acceptance of particles below which their step shrinks, whatever its slope."""
+
+SPREAD = 0.3
+"""Standard deviation of the logarithm of the particles' steps."""
+
+GAIN = 0.4
+"""How far one move shifts the logarithm of their common step, in units of the slope."""
 
 TRAJECTORY_BOUNDS = (0.1, 30.0)
 """Trajectory lengths considered, in whitened units: a round Gaussian turns around at pi."""
@@ -85,6 +104,32 @@ class DualAveraging:
     def average(self) -> float:
         """The averaged step size, to freeze after warm-up."""
         return math.exp(self._log_average)
+
+
+class SpreadSteps:
+    """Learns the step that accepts most for its cost from particles that each move with a step of their own.
+
+    Args:
+        step_size: where to start.
+    """
+
+    def __init__(self, step_size: float) -> None:
+        self.step_size = step_size
+
+    def draw(self, num: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """The steps of ``num`` particles, ``(num, 1)``."""
+        options = {"generator": generator, "device": generator.device, "dtype": dtype}
+        self._z = torch.randn(num, 1, **options)  # type: ignore[call-overload]
+        return self.step_size * (SPREAD * self._z).exp()
+
+    def update(self, acceptance: Tensor, num_steps: int) -> None:
+        """Take in the acceptance probabilities ``(num,)`` of a move of so many leapfrog steps with the steps drawn
+        last."""
+        z = self._z[:, 0] - self._z.mean()  # a constant acceptance has no slope
+        mean = float(acceptance.mean())
+        slope = float((acceptance * z).mean()) / (SPREAD * mean) if mean > LEAST_ACCEPTANCE else -2.0
+        ascent = max(-2.0, slope) + num_steps / (num_steps + FINE_COST)
+        self.step_size *= math.exp(GAIN * ascent)
 
 
 class TrajectoryLength:

@@ -74,7 +74,7 @@ def transition(
     target: Target,
     state: State,
     *,
-    step_size: float,
+    step_size: float | Tensor,
     num_steps: int,
     metric: Metric,
     generator: torch.Generator,
@@ -85,7 +85,8 @@ def transition(
     Args:
         target: the density and its guide.
         state: the chains, ``n`` of them.
-        step_size: leapfrog step in whitened units.
+        step_size: leapfrog step in whitened units; or one for each chain, ``(n, 1)``, drawn without regard to where the
+            chain stands.
         num_steps: leapfrog steps, at least 1, the same for every chain.
         metric: the map from whitened coordinates to ``q``.
         generator: source of all randomness, on the device of ``q``.

@@ -38,7 +38,7 @@ def leapfrog(
     position: Tensor,
     momentum: Tensor,
     guide: Guide,
-    step_size: float,
+    step_size: float | Tensor,
     num_steps: int,
     metric: Metric,
 ) -> Trajectory:
@@ -49,7 +49,7 @@ def leapfrog(
         position: start ``q``, ``(n, dim)``.
         momentum: start ``p`` in whitened coordinates, ``(n, dim)``.
         guide: the guide at ``position``.
-        step_size: ``eps``, shared by all chains.
+        step_size: ``eps``, shared by all chains, or one for each, ``(n, 1)``.
         num_steps: number of steps, shared by all chains.
         metric: the map from whitened coordinates to ``q``.
     """

@@ -24,6 +24,9 @@ from ifpyro.pool import Pool, PoolError
 ISLANDS = 4
 """Islands of the SMC pass that finds starting points."""
 
+WARMUP, WARMUP_AFTER_SMC = 300, 50
+"""Transitions of a warm-up; particles hand over step, length, metric and guide."""
+
 SAVE_EVERY = 30.0
 """Seconds between two writings of the draws so far."""
 
@@ -34,7 +37,8 @@ class MCMC(Draws):
     Args:
         kernel: `HMC` or `EllipticalSlice`.
         num_samples: draws kept of each chain.
-        warmup_steps: transitions before, in which the kernel is tuned; none of them is kept.
+        warmup_steps: transitions before, in which the kernel is tuned; none of them is kept. By default 50 after SMC,
+            whose particles hand over what they have learned, and else 300.
         num_chains: chains, all in one batch.
         init: where chains start: ``"smc"`` (particles of a short SMC pass: mode weights are right from the
             start), ``"prior"``, or a dictionary of every latent site's values in the user's space,
@@ -58,11 +62,11 @@ class MCMC(Draws):
         self,
         kernel: Kernel[Any],
         num_samples: int,
-        warmup_steps: int = 300,
+        warmup_steps: int | None = None,
         num_chains: int = 64,
         *,
         init: Literal["smc", "prior"] | Mapping[str, Tensor] = "smc",
-        smc_particles: int = 512,
+        smc_particles: int = 256,
         seed: int | None = None,
         batch_size: int | None = None,
         batching: Literal["plate", "vmap", "loop"] | None = None,
@@ -79,11 +83,13 @@ class MCMC(Draws):
         self.kernel = kernel
         self.model = kernel.model
         self.num_samples = check_count("num_samples", num_samples, 1)
-        self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
         self.num_chains = check_count("num_chains", num_chains, 1)
         if not isinstance(init, Mapping) and init not in ("smc", "prior"):
             raise ValueError(f"init must be 'smc', 'prior' or a dictionary of every latent site's values; got {init!r}")
         self.init = init
+        if warmup_steps is None:
+            warmup_steps = WARMUP_AFTER_SMC if self.init == "smc" else WARMUP
+        self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
         self.smc_particles = check_count("smc_particles", smc_particles, 2 * ISLANDS)
         super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
         self._checkpoint = checkpoint

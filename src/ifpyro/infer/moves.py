@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ifpyro.fidelity import Level
 from ifpyro.infer import hamiltonian
-from ifpyro.infer.adaptation import TrajectoryLength, harmonic_mean
+from ifpyro.infer.adaptation import SpreadSteps, TrajectoryLength
 from ifpyro.infer.hamiltonian import Info
 from ifpyro.infer.independence import MAX_DIM, cross_fitted_proposal, jump, worthwhile_steps
 from ifpyro.infer.metric import Metric
@@ -35,7 +35,7 @@ class Stage(NamedTuple):
     moves: int
     """Moves made there."""
     step_size: float
-    """Leapfrog step at its end, in whitened units."""
+    """Leapfrog step at its end, in whitened units: the middle of the particles' steps."""
     num_steps: int
     """Leapfrog steps spent per particle."""
     acceptance: float
@@ -66,7 +66,6 @@ class Mover:
         target: the density and its guide.
         generator: source of all randomness.
         step_size: first step size, in whitened units.
-        target_accept: harmonic-mean acceptance at which it aims.
         max_steps: most leapfrog steps per move.
         max_moves: most moves per temperature.
         groups: the particles are this many equal runs of rows whose jumps are fitted to one another.
@@ -77,14 +76,13 @@ class Mover:
         target: Target,
         generator: torch.Generator,
         step_size: float,
-        target_accept: float,
         max_steps: int,
         max_moves: int,
         groups: int,
     ) -> None:
         self.target, self.generator = target, generator
-        self.step_size, self.length = step_size, TrajectoryLength()
-        self.target_accept, self.max_steps, self.max_moves = target_accept, max_steps, max_moves
+        self.step, self.length = SpreadSteps(step_size), TrajectoryLength()
+        self.max_steps, self.max_moves = max_steps, max_moves
         self.groups, self.jumping = groups, True
 
     def run(self, q: Tensor, fine: Value, beta: float, metric: Metric) -> Moved:
@@ -105,13 +103,13 @@ class Mover:
                 if jumps < WORTH_JUMPING * (move + 1):
                     proposal, self.jumping = None, False  # colder targets are no easier
             most = self.max_steps if proposal is None else worthwhile_steps(jumps / (move + 1), self.max_steps)
-            jitter, step_size = self.length.jitter(move), self.step_size
+            jitter, step_size = self.length.jitter(move), self.step.step_size
             num_steps = self.length.num_steps(step_size, jitter, most)
             before = metric.whiten(state.q)
             state, info = hamiltonian.transition(
                 self.target,
                 state,
-                step_size=step_size,
+                step_size=self.step.draw(len(q), self.generator, q.dtype),
                 num_steps=num_steps,
                 metric=metric,
                 generator=self.generator,
@@ -119,7 +117,7 @@ class Mover:
             )
             after = metric.whiten(info.proposal)
             self.length.update(before, after, info.velocity, info.guide_acceptance, jitter, step_size)
-            self.step_size *= math.exp(0.5 * (harmonic_mean(info.guide_acceptance) - self.target_accept))
+            self.step.update(info.guide_acceptance, num_steps)
             steps += num_steps
             acceptance += float(info.acceptance.mean())
             history.append(
@@ -132,7 +130,7 @@ class Mover:
                 break
         moves = len(history)
         stage = Stage(
-            beta, moves, self.step_size, steps, acceptance / moves, jumps / moves, history[-1], self.target.level
+            beta, moves, self.step.step_size, steps, acceptance / moves, jumps / moves, history[-1], self.target.level
         )
         return Moved(state.q, state.fine, info, stage)
 

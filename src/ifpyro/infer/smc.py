@@ -34,7 +34,7 @@ from ifpyro.infer.moves import Moved, Mover, Stage
 from ifpyro.infer.population import prior_population, suffices, usable
 from ifpyro.infer.resolve import check_model, new_generator, resolve_density
 from ifpyro.infer.target import LOOSE, Target, Value
-from ifpyro.infer.tempering import effective_fraction, next_temperature, systematic_resample
+from ifpyro.infer.tempering import along_a_curve, effective_fraction, next_temperature, systematic_resample
 from ifpyro.pool import Pool
 
 FAR = 1e-7
@@ -62,7 +62,6 @@ class SMC(Draws):
             so many promise an effective sample size of the particles, these are resampled from them, unmoved; if
             not, tempering starts from a few per particle. 1: no attempt, as many prior draws as particles.
         max_moves: most Hamiltonian moves per temperature; fewer are made where particles decorrelate earlier.
-        target_accept: harmonic-mean acceptance at which the step size aims.
         max_steps: most leapfrog steps per move.
         level: fidelity of the gradients, by default the cheapest that agrees with the fine density.
         seed: of all randomness; fresh if ``None``.
@@ -100,7 +99,6 @@ class SMC(Draws):
         ess_threshold: float = 0.5,
         prior_draws: int = 16,
         max_moves: int = 20,
-        target_accept: float = 0.7,
         max_steps: int = 64,
         level: Level | None = None,
         seed: int | None = None,
@@ -127,7 +125,6 @@ class SMC(Draws):
         self.ess_threshold = check_fraction("ess_threshold", ess_threshold)
         self.prior_draws = check_count("prior_draws", prior_draws, 1)
         self.max_moves = check_count("max_moves", max_moves, 1)
-        self.target_accept = check_fraction("target_accept", target_accept)
         self.max_steps = check_count("max_steps", max_steps, 1)
         check_level(level)
         self.level = level
@@ -166,9 +163,7 @@ class SMC(Draws):
         log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
         groups = max(islands, 2 * families)  # a lone island is tuned half from half
         floor = 0.0
-        mover = Mover(
-            target, generator, q.shape[1] ** -0.25, self.target_accept, self.max_steps, self.max_moves, groups
-        )
+        mover = Mover(target, generator, q.shape[1] ** -0.25, self.max_steps, self.max_moves, groups)
         beta = 0.0
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:
@@ -192,7 +187,9 @@ class SMC(Draws):
                     )
                 weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
                 metric = cross_fitted_metric(q, weight, groups, families)
-                index = systematic_resample(log_weight, generator, per_island)
+                order = along_a_curve(q.reshape(islands, rows, -1))
+                index = systematic_resample(log_weight.gather(1, order), generator, per_island)
+                index = order.gather(1, index).sort(1).values  # draws in a row stay unrelated
                 index = (index + rows * torch.arange(islands, device=q.device)[:, None]).flatten()
                 beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
                 if self.pareto_k is not None and suffices(log_weight, per_island, families, self.pareto_k):
@@ -212,7 +209,7 @@ class SMC(Draws):
                     f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
                     f"accept={stage.acceptance:.2f} moves={stage.moves}"
                 )
-        self.tuning = Tuning(mover.step_size, mover.length.length, moved.stage.level)
+        self.tuning = Tuning(mover.step.step_size, mover.length.length, moved.stage.level)
         self._finish(moved, log_evidence, math.sqrt(floor), len(population.q))
         return self
 

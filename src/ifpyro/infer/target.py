@@ -26,8 +26,8 @@ class Agreement(NamedTuple):
     """From all but a twentieth of the draws: the others are sticky."""
 
 
-LOOSE = Agreement(0.7, 0.2)
-"""For particles, which a resampling frees from sticky places. One to three evaluations of a flow often suffice."""
+LOOSE = Agreement(0.8, 0.4)
+"""For particles, which a resampling frees from sticky places. One to four evaluations of a flow often suffice."""
 
 CLOSE = Agreement(0.85, 0.5)
 """For chains, which must leave every place by themselves."""
