@@ -37,9 +37,10 @@ trained on, and are smoother than the others: a prior learnt elsewhere.
 HELD_OUT = ("places", "photographs")
 LATENTS = (8, 32, 128)
 RESTS = 16  # draws of the latents beyond the first K
-ALL_AXES = (
-    'The basis has all 3,072 principal axes (`basis="pca"`), so that training starts at the Gaussian. With the 256 '
-    "and one scale for the others that `fit` takes by itself at this size, fifteen minutes ended 0.29 bits behind it."
+SEPARABLE_AXES = (
+    "The axes are separable, as `fit` takes them by itself at this size: principal components along channels, rows and "
+    "columns. The U-Net sees squares of 2 x 2 pixels as 12 channels and takes 32 patches a step. A U-Net on squares of "
+    "4 x 4, whose 48 channels its first layer cut to 32, gained 0.07 to 0.10 bits in as long on all principal axes."
 )
 KEPT = {
     8: (
@@ -109,7 +110,7 @@ def fit(name: str, quick: bool) -> Iterator[str]:
         shown[part] = rows
     if name == "32":
         yield ""
-        yield ALL_AXES
+        yield SEPARABLE_AXES
     if not quick:
         show_patches({**shown, "flow": drawn, "Gaussian": normal}, kind.size)
         save_picture(f"samples-{kind.size}.png")

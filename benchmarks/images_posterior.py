@@ -158,12 +158,9 @@ def sample_crps(truth: Tensor, draws: Tensor) -> Tensor:
 
 def picture(name: str, size: int, task: Task, x: Tensor, y: Tensor, draws: Tensor, gaussian: Tensor) -> None:
     """Twelve patches: truth, what is seen, the two posterior means, and two draws."""
-    seen = torch.full_like(x, torch.nan)
-    where = task.operator.abs().argmax(1) if len(task.operator) < x.shape[1] else slice(None)
-    seen[:, where] = y
     rows = {
         "truth": x,
-        "seen": seen,
+        "seen": as_seen(task, y),
         "Gaussian, mean": gaussian,
         "flow, mean": draws.mean(1),
         "flow, a draw": draws[:, 0],
@@ -171,6 +168,14 @@ def picture(name: str, size: int, task: Task, x: Tensor, y: Tensor, draws: Tenso
     }
     show_patches(rows, size)
     save_picture(name)
+
+
+def as_seen(task: Task, y: Tensor) -> Tensor:
+    """Observations as images, ``(S, D)``; hidden pixels are NaN."""
+    rows, dim = task.operator.shape
+    seen = torch.full((len(y), dim), torch.nan)
+    seen[:, task.operator.abs().argmax(1) if rows < dim else slice(None)] = y
+    return seen
 
 
 def save_picture(name: str) -> None:

@@ -25,25 +25,31 @@ from torch import Tensor
 import ifpyro
 from ifpyro.calibration import coverage
 from ifpyro.infer.diagnostics import convergence
+from ifpyro.numerics import doubling_error
 from images_flows import KINDS, train
-from images_posterior import NOISE, Task, observed, sample_crps, tasks
+from images_posterior import NOISE, Task, as_seen, observed, sample_crps, save_picture, show_patches, tasks
 from results import CACHE
 
-PARTICLES, ISLANDS = 128, 4
+PARTICLES, ISLANDS = {"8-colour": 128, "16": 64}, 4
 DRAWS = 256  # of linear_posterior, for each patch
 RATIOS = (0.75, 0.9)
 PART = "places"
 PATCHES = 12
 COUNT = {"8-colour": 7, "16": 1}  # the first so many of them
-STEPS = {"16": 6}  # of the solver; by default those that training chose
-OPTIONS: dict[str, dict[str, Any]] = {"8-colour": {}, "16": {"target_accept": 0.4, "max_steps": 12}}
+GRIDS: dict[str, dict[str, Any]] = {
+    "16": {"steps": 6, "method": "midpoint"}
+}  # of the solver; by default those that training chose
 SWEEPS = 40  # from SMC's particles
-VERDICT = (
-    "Both have converged, each to its own answer: SMC's islands agree, and chains of the other go back to where they "
-    "were. A network that is not exact defines two priors, that of the deterministic map and that of the stochastic "
-    "reverse process. Their posteriors differ here by a fifth to a quarter of a standard deviation, and the stochastic "
-    "one's are wider. (For exact networks the tests compare `linear_posterior` with exact posteriors.)"
-)
+VERDICT = {
+    "8-colour": (
+        "Both have converged, each to its own answer: SMC's islands agree, and chains of the other go back to where "
+        "they were. A network that is not exact defines two priors, that of the deterministic map and that of the "
+        "stochastic reverse process. Their posteriors differ here by a fifth to a quarter of a standard deviation, and "
+        "the stochastic one's are wider. (For exact networks the tests compare `linear_posterior` with exact "
+        "posteriors.)"
+    ),
+    "16": "",
+}
 
 
 class Found(NamedTuple):
@@ -59,25 +65,29 @@ def smc(name: str, quick: bool) -> Iterator[str]:
     """Means, standard deviations and coverage of the two."""
     name, count = ("8-colour", 2) if quick else (name, COUNT[name])
     flow, kind = trained_flow(name, 2.0 if quick else None), KINDS[name]
+    z = torch.randn(64, flow.latent_dim, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        error = doubling_error(flow, z, flow.grid)
     yield f"### Two ways to one posterior: SMC and `linear_posterior`, {kind.size} x {kind.size}"
     yield ""
     yield (
         f"The same observations of {kind.size} x {kind.size} colour patches (D = {flow.latent_dim}), held-out places, "
-        f"{count} patches. SMC: {PARTICLES} particles in {ISLANDS} islands, tempered from the prior in the latent. "
-        f"`linear_posterior`: {DRAWS} draws a patch, at two ratios of neighbouring noise levels (its default is "
-        f"{RATIOS[0]}). Over patches and scored pixels: root mean square of the difference of the two means, in "
-        "posterior standard deviations, and what Monte Carlo error alone would give (from the spread of the islands "
-        "and the number of draws); geometric mean of the ratio of standard deviations; coverage of nominal 90% in "
-        "percent, CRPS; ± standard error over patches. Medians over patches of R-hat between islands and of the "
-        "standard deviation of their log evidences; mean processor seconds a patch."
+        f"{count} {'patches' if count > 1 else 'patch'}. SMC: {PARTICLES[name]} particles in {ISLANDS} islands, "
+        f"tempered from the prior in the latent, through the map of {flow.grid.evaluations} evaluations (error "
+        f"{error:.2f} standard deviations). `linear_posterior`: {DRAWS} draws a patch, at two ratios of neighbouring "
+        f"noise levels (its default is {RATIOS[0]}). Over patches and scored pixels: root mean square of the "
+        "difference of the two means, in posterior standard deviations, and what Monte Carlo error alone would give "
+        "(from the spread of the islands and the number of draws); geometric mean of the ratio of standard "
+        "deviations; coverage of nominal 90% in percent, CRPS; ± standard error over patches. Medians over patches of "
+        "R-hat between islands and of the standard deviation of their log evidences; mean processor seconds a patch."
     )
     yield ""
     yield "| task | ratio | means differ by | chance alone | sd over SMC's | R-hat | log evidence's sd | temperatures |"
     yield "|---|---|---|---|---|---|---|---|"
-    scores, restarts = [], ""
+    scores, restarts, shown = [], "", {}
     for task in tasks(kind.size):
         x, y = (rows[:count] for rows in observed(name, task, PART, PATCHES))
-        x = x[:, task.scored]
+        whole, x = x, x[:, task.scored]
         by_smc = [particles(flow, name, task, y[i], i, quick) for i in range(count)]
         ours = torch.stack([found.draws for found in by_smc])[..., task.scored]
         spread = float(torch.stack([found.log_evidence for found in by_smc]).std(1).median())
@@ -88,31 +98,15 @@ def smc(name: str, quick: bool) -> Iterator[str]:
             start = time.process_time()
             theirs = ifpyro.linear_posterior(
                 flow, task.operator, y, NOISE, draws=DRAWS, ratio=ratio, seed=1, batch_size=DRAWS, progress=False
-            ).flatten(2)[..., task.scored]
+            ).flatten(2)
             seconds = (time.process_time() - start) / count
+            shown |= first_patch(task, whole[0], y[0], by_smc[0].draws.flatten(0, 1), theirs[0])
+            theirs = theirs[..., task.scored]
             found = " | ".join(agreement(ours, theirs))
             yield f"| {task.name} | {ratio} | {found} | {rhat:.2f} | {spread:.1f} | {temperatures:.0f} |"
             scores.append(f"| {task.name} | `linear_posterior`, {ratio} | {score(x, theirs)} | {seconds:.1f} |")
         if task.name == "in-painting":
-            starts = torch.stack([found.draws.flatten(0, 1) for found in by_smc]).unflatten(-1, flow.event_shape)
-            end = ifpyro.linear_posterior(
-                flow,
-                task.operator,
-                y,
-                NOISE,
-                draws=starts.shape[1],
-                sweeps=SWEEPS,
-                ratio=ratio,
-                start=starts,
-                seed=2,
-                batch_size=DRAWS,
-                progress=False,
-            ).flatten(2)[..., task.scored]
-            restarts = (
-                f"Chains of `linear_posterior` (ratio {ratio}) that start from SMC's particles are, after {SWEEPS} "
-                f"sweeps at the final noise, {apart(ours, end)} of SMC's standard deviations from SMC's means, and "
-                f"{apart(ours, end, theirs)} from those of its own chains, which came from annealing."
-            )
+            restarts = restarted(flow, task, y, by_smc, theirs, ratio)
     yield ""
     yield "| task | draws by | 90% covers | CRPS | s |"
     yield "|---|---|---|---|---|"
@@ -120,14 +114,46 @@ def smc(name: str, quick: bool) -> Iterator[str]:
     yield ""
     yield restarts
     yield ""
-    yield VERDICT
+    if not quick:
+        show_patches(shown, kind.size)
+        save_picture(f"smc-{kind.size}.png")
+        yield f"![Draws of the first patch](pictures/smc-{kind.size}.png)"
+        yield ""
+    yield VERDICT[name]
 
 
 def trained_flow(name: str, seconds: float | None = None) -> ifpyro.InflationaryFlow:
     """The flow of a name, with the steps of this comparison."""
     flow = train(name, seconds)
-    flow.grid = replace(flow.grid, steps=STEPS.get(name, flow.grid.steps))
+    flow.grid = replace(flow.grid, **GRIDS.get(name, {}))
     return flow
+
+
+def restarted(
+    flow: ifpyro.InflationaryFlow, task: Task, y: Tensor, by_smc: list[Found], theirs: Tensor, ratio: float
+) -> str:
+    """Where chains of ``linear_posterior`` go that start from SMC's particles."""
+    starts = torch.stack([found.draws.flatten(0, 1) for found in by_smc]).unflatten(-1, flow.event_shape)
+    options = {"draws": starts.shape[1], "sweeps": SWEEPS, "ratio": ratio, "seed": 2, "batch_size": DRAWS}
+    end = ifpyro.linear_posterior(flow, task.operator, y, NOISE, start=starts, progress=False, **options)
+    end = end.flatten(2)[..., task.scored]
+    ours = torch.stack([found.draws for found in by_smc])[..., task.scored]
+    return (
+        f"Chains of `linear_posterior` (ratio {ratio}) that start from SMC's particles are, after {SWEEPS} sweeps at "
+        f"the final noise, {apart(ours, end)} of SMC's standard deviations from SMC's means, and "
+        f"{apart(ours, end, theirs)} from those of its own chains, which came from annealing."
+    )
+
+
+def first_patch(task: Task, truth: Tensor, y: Tensor, ours: Tensor, theirs: Tensor) -> dict[str, Tensor]:
+    """Of one patch under captions: truth, what is seen and the two means; draws of SMC; of the other."""
+    return {
+        f"{task.name}: truth,\nseen, the two means": torch.stack(
+            [truth, as_seen(task, y[None])[0], ours.mean(0), theirs.mean(0)]
+        ),
+        f"{task.name}:\ndraws by SMC": ours[:: len(ours) // 12],
+        f"{task.name}: by noise\nand denoise": theirs,
+    }
 
 
 def model(flow: ifpyro.InflationaryFlow, operator: Tensor, y: Tensor) -> None:
@@ -146,9 +172,8 @@ def particles(
             draws, evidence = torch.as_tensor(kept["draws"]), torch.as_tensor(kept["log_evidence"])
             return Found(draws, evidence, int(kept["temperatures"]), float(kept["seconds"]))
     start = time.process_time()
-    count = 32 if quick else PARTICLES
-    sampler = ifpyro.SMC(model, count, num_islands=ISLANDS, seed=index, progress=False, **OPTIONS[name])
-    run = sampler.run(flow, task.operator, y)
+    count = 32 if quick else PARTICLES[name]
+    run = ifpyro.SMC(model, count, num_islands=ISLANDS, seed=index, progress=False).run(flow, task.operator, y)
     draws = run.get_samples(group_by_chain=True)["patch"].flatten(2)
     found = Found(draws, run.island_log_evidence, len(run.stages), time.process_time() - start)
     if not quick:
@@ -176,19 +201,25 @@ def agreement(ours: Tensor, theirs: Tensor) -> list[str]:
     difference = ((ours.mean((1, 2)) - theirs.mean(1)) / sd).square().mean(1)
     chance = (ours.mean(2).var(1) / ours.shape[1] / sd.square()).mean(1) + 1 / theirs.shape[1]
     root = float(difference.mean().sqrt())
-    error = float(difference.std()) / math.sqrt(len(difference)) / (2 * root)
     log_ratio = (theirs.std(1) / sd).log().mean(1)
-    ratio, unsure = float(log_ratio.mean().exp()), float(log_ratio.std()) / math.sqrt(len(log_ratio))
-    return [f"{root:.2f} ± {error:.2f}", f"{float(chance.mean().sqrt()):.2f}", f"{ratio:.2f} ± {unsure:.2f}"]
+    return [
+        f"{root:.2f}{_error(difference, 2, 2 * root)}",
+        f"{float(chance.mean().sqrt()):.2f}",
+        f"{float(log_ratio.mean().exp()):.2f}{_error(log_ratio, 2)}",
+    ]
 
 
 def score(truth: Tensor, draws: Tensor) -> str:
     """Coverage of the central 90% intervals, and CRPS."""
     found = coverage(truth.numpy(), draws.numpy(), (0.9,))
     crps = sample_crps(truth, draws).mean(1)
-    error = float(crps.std()) / math.sqrt(len(crps))
-    covered = f"{100 * found.pooled[0]:.1f} ± {100 * found.pooled_error[0]:.1f}"
-    return f"{covered} | {float(crps.mean()):.4f} ± {error:.4f}"
+    covered = f"{100 * found.pooled[0]:.1f}" + (f" ± {100 * found.pooled_error[0]:.1f}" if len(truth) > 1 else "")
+    return f"{covered} | {float(crps.mean()):.4f}{_error(crps, 4)}"
+
+
+def _error(values: Tensor, digits: int, unit: float = 1.0) -> str:
+    """Standard error over patches, if there are several."""
+    return f" ± {float(values.std()) / math.sqrt(len(values)) / unit:.{digits}f}" if len(values) > 1 else ""
 
 
 if __name__ == "__main__":
