@@ -19,6 +19,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ifpyro.fidelity import fidelity
 from ifpyro.infer.enumeration import sum_out
 from ifpyro.infer.layout import BatchingError, ModelError
 from ifpyro.infer.probe import collect_probes
@@ -101,7 +102,8 @@ class BatchedModel:
         self.device = torch.device(device) if device is not None else found.device
         self.dtype = self._layout.dtype
         self._runner = Runner(model, args, kwargs, self._layout)
-        with seeded(seed, self.device), pyro.validation_enabled(False):
+        # Which way of batching is right does not depend on how finely flows are solved.
+        with seeded(seed, self.device), pyro.validation_enabled(False), fidelity("coarse"):
             probes = collect_probes(self._runner)
             if invalid is not None:
                 raise ModelError(
