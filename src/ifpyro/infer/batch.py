@@ -19,7 +19,6 @@ import pyro
 import torch
 from torch import Tensor
 
-from ifpyro.fidelity import fidelity
 from ifpyro.infer.enumeration import sum_out
 from ifpyro.infer.layout import BatchingError, ModelError
 from ifpyro.infer.probe import collect_probes
@@ -102,8 +101,7 @@ class BatchedModel:
         self.device = torch.device(device) if device is not None else found.device
         self.dtype = self._layout.dtype
         self._runner = Runner(model, args, kwargs, self._layout)
-        # Which way of batching is right does not depend on how finely flows are solved.
-        with seeded(seed, self.device), pyro.validation_enabled(False), fidelity("coarse"):
+        with seeded(seed, self.device), pyro.validation_enabled(False):
             probes = collect_probes(self._runner)
             if invalid is not None:
                 raise ModelError(

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ifpyro.fidelity import fidelity
 from ifpyro.infer.handlers import Evaluate, FromPrior
 from ifpyro.infer.layout import BatchingError
 from ifpyro.infer.probe import Probes
@@ -44,7 +43,7 @@ class Verifier:
 
     Args:
         runner: the model.
-        probes: single-draw results, flows solved coarsely.
+        probes: single-draw results.
     """
 
     def __init__(self, runner: Runner, probes: Probes):
@@ -56,25 +55,21 @@ class Verifier:
         if self.branches:
             return "the model branches on latent values (if, while, .item() or bool() of a tensor)"
         try:
-            with fidelity("coarse"):  # that of the probes
-                for part in self.probes.groups():
-                    self._check(what, batching, part, size)
+            for part in self.probes.groups():
+                if what == "density":
+                    check_density(self.runner, batching, part)
+                    check_isolation(lambda q: self.runner.terms(batching, q).log_terms(), part.q)
+                elif what == "values":
+                    with torch.no_grad():
+                        check_values(self.runner.values(batching, part.q), part.singles)
+                    check_isolation(lambda q: self.runner.values(batching, q), part.q)
+                else:
+                    self._check_prior_draws(batching, size or len(part.q))
         except BatchingError as error:
             return str(error)
         except Exception as error:  # whatever a model may raise when it meets a batch it was not written for
             return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
         return None
-
-    def _check(self, what: str, batching: Batching, part: Probes, size: int | None) -> None:
-        if what == "density":
-            check_density(self.runner, batching, part)
-            check_isolation(lambda q: self.runner.terms(batching, q).log_terms(), part.q)
-        elif what == "values":
-            with torch.no_grad():
-                check_values(self.runner.values(batching, part.q), part.singles)
-            check_isolation(lambda q: self.runner.values(batching, q), part.q)
-        else:
-            self._check_prior_draws(batching, size or len(part.q))
 
     def check_some_values(self, batching: Batching, q: Tensor) -> None:
         """Raise `BatchingError` unless first, middle and last row equal single draws."""
