@@ -40,8 +40,9 @@ NOTES = {
     "32": (
         "In places the flow's intervals of 50% and 90% cover what they say, where the Gaussian's are far too wide, and "
         "its CRPS is a quarter lower. The photographs are of another kind, cat and flower, than the six that the prior "
-        "is learnt from: its intervals cover too little there, if twelve patches can tell, and the Gaussian predicts "
-        "better. In holes of foliage draws show stripes and checks that no photograph has."
+        "is learnt from: its intervals cover too little there, and the Gaussian predicts better. Holes of the flower's "
+        "smooth green ground, a colour that training has not shown, are filled with stripes and checks, and those of "
+        "foliage in places to a lesser degree: where little is known, this network is not to be trusted."
     ),
 }
 PICTURES = Path(__file__).parent / "pictures"
