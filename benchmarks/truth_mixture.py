@@ -56,12 +56,12 @@ mixture is the worst case for gradients in the latent: its map all but tears bet
 there at any step size. `linear_posterior` anneals its noise in few sweeps, and each draw stays in the component where
 it is when the noise no longer carries it across.
 
-What it shows. Our SMC is where exact draws are on all three kinds, in distance and in coverage; on phase retrieval (51 modes
-in the first problem) the weights of its modes are a little farther off (0.056 and 0.035), and none of azula's samplers
-comes near. Tomography takes it four to eight times as many evaluations as the others: one of the two problems needs small
-steps and many moves. azula's DPS and PGDM find the component in the linear problems, with intervals far too narrow; MMPS
-has better intervals and wrong means. They are given 4,000 evaluations at most, fewer than SMC takes, but more would not
-help: from 1,000 to 4,000 their distances fell by a tenth or rose.
+What it shows. Our SMC is where exact draws are on all three kinds, in distance and in coverage; on phase retrieval
+(51 modes in the first problem) the weights of its modes are a little farther off (0.056 and 0.035), and none of
+azula's samplers comes near. Tomography takes it four to eight times as many evaluations as the others: one of the two
+problems needs small steps and many moves. azula's DPS and PGDM find the component in the linear problems, with
+intervals far too narrow; MMPS has better intervals and wrong means. They are given 4,000 evaluations at most, fewer
+than SMC takes, but more would not help: from 1,000 to 4,000 their distances fell by a tenth or rose.
 """
 
 
