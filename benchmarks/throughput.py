@@ -138,11 +138,13 @@ def measure(dim: int, rows: int, steps: int, repeats: int) -> Cost:
 
 def bare_passes(flow: ifpyro.InflationaryFlow) -> Callable[[Tensor], Tensor]:
     """The networks one after another: what any decode, and any gradient, of as many evaluations must pay for."""
-    embedding = flow.velocity.embed(torch.tensor([0.5], dtype=torch.double))[0].detach()
+    embedding = flow.velocity.embed(torch.tensor([0.5], dtype=torch.double, device=flow.device))[0].detach()
+
+    velocity = flow.evaluated_velocity()
 
     def passes(y: Tensor) -> Tensor:
         for _ in range(flow.grid.evaluations):
-            y = flow.velocity(y, embedding)
+            y = velocity(y, embedding)
         return y
 
     return passes

@@ -141,6 +141,16 @@ def test_exact_up_to_a_size_of_ones_choice():
     assert (error > 0).all()
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_sketch_of_all_axes_is_exact(dim):
+    flow = mixture_flow(dim, torch.double, grid=Grid(32))
+    x = flow.sample(4, seed=0)
+    exact, flow.exact_up_to = flow.log_prob(x), 0
+    value, error = flow.log_prob_estimate(x, probes=12, method="hutch++")
+    torch.testing.assert_close(value, exact, rtol=0, atol=1e-3)
+    assert float(error.abs().max()) < 1e-12
+
+
 def test_supports_and_bad_input():
     from torch.distributions import constraints
 

@@ -18,14 +18,14 @@ from ifpyro import Pool
 from ifpyro.cli import main
 from ifpyro.fidelity import Evaluations
 from ifpyro.infer.everywhere import _code, _level
-from ifpyro.pool import PoolError
+from ifpyro.pool import PoolError, _backend, _Processes
 
 MINUTES = 300  # processes on a busy machine may take long to start
 
 
 def environment(**more):
     here = Path(__file__).parent
-    path = os.pathsep.join([str(here), str(Path(ifpyro.__file__).parents[1])])
+    path = os.pathsep.join([str(here), str(Path(ifpyro.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
@@ -114,6 +114,30 @@ def test_a_process_that_dies_ends_the_run_and_leaves_the_draws(tmp_path):
     chains, draws, dim = kept.positions().shape
     assert (chains, dim) == (6, 2)
     assert draws >= 10
+
+
+def test_tensors_travel_where_a_backend_meets_them(monkeypatch):
+    """Told by the names of backends: there may be no GPU here."""
+    pool = _Processes.__new__(_Processes)
+    pool.device = torch.device("meta")  # stands for a GPU
+    x = torch.arange(6.0).reshape(2, 3).T
+    for backend, place in (("cpu:gloo,cuda:nccl", "cpu"), ("gloo", "cpu"), ("nccl", "meta")):
+        monkeypatch.setattr("ifpyro.pool.dist.get_backend_config", lambda backend=backend: backend)
+        carried = pool._carried(x)
+        assert carried.device.type == place
+        assert carried.is_contiguous()
+        assert carried.data_ptr() != x.data_ptr()
+
+
+def test_processes_that_share_a_gpu_meet_on_the_processor(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for gpus, here, expected in ((0, None, None), (4, None, None), (1, None, "gloo"), (2, "2", None), (2, "3", "gloo")):
+        monkeypatch.setattr("torch.cuda.is_available", lambda gpus=gpus: gpus > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda gpus=gpus: gpus)
+        if here is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+        assert _backend() == expected
 
 
 def test_fit_under_torchrun_is_fit(tmp_path):

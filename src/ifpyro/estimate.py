@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .log_det import hutch_plus_plus, hutchinson, signs
 from .ode import take_with_traces
+from .precision import full_precision
 from .solving import solve_to_latent
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class LogProbEstimate(NamedTuple):
     standard_error: Tensor
 
 
+@full_precision()
 def estimate_log_prob(
     flow: "InflationaryFlow", x: Tensor, probes: int, method: str, seed: int, batch_size: int | None
 ) -> LogProbEstimate:
@@ -38,8 +40,8 @@ def estimate_log_prob(
     least = 6 if plus else 2
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < least:
         raise ValueError(f"probes expects an integer >= {least} for {method!r} (one has no spread), got {probes!r}")
-    # The products with Q itself are the third third.
-    vectors = min(2 * (probes // 3), 2 * (flow.latent_dim - 1)) if plus else probes
+    # The products with Q itself are the third third. Q need not span everything, but a spread takes two estimates.
+    vectors = max(4, min(2 * (probes // 3), 2 * (flow.latent_dim - 1))) if plus else probes
     generator = torch.Generator(flow.device).manual_seed(seed)
 
     def fresh(_: int, y: Tensor) -> Tensor:

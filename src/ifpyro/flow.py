@@ -30,7 +30,8 @@ from .fidelity import Evaluations, current_fidelity
 from .log_det import EXACT_UP_TO
 from .mixture import mixture_parts
 from .ode import Grid, Solver, Step, cheap_grid, solve_adaptive, take
-from .precision import Autocast
+from .precision import Autocast, full_precision
+from .recorded import Recordings
 from .schedule import Angles, Schedule
 from .solvers import SolverCache, is_wrapped, weights_of
 from .solving import in_parts, solve_to_data, solve_to_latent
@@ -68,9 +69,13 @@ class InflationaryFlow(nn.Module):
             of ``decode`` every evaluation within a step runs a third time, so that activations of one are ever held.
         exact_up_to: axes up to which log-determinants are exact, 128 by default. Beyond, they are estimated with signs
             that are the same in every call (see :mod:`ifpyro.log_det`).
+        cuda_graphs: False by default. If set, decodes on a GPU and their gradients in ``z`` are recorded as CUDA graphs
+            when batches of one size come for the third time, and played back: where networks are small, launching their
+            kernels takes most of the time. Recordings keep their activations in memory. Log-determinants, ``encode``,
+            checkpointed gradients and calls inside torch.func are not recorded.
         autocast: None by default. A dtype such as ``torch.bfloat16`` evaluates a single-precision flow's network in it,
             on devices where that is fast; states stay as they are. Positions and round trips are then good to about its
-            precision, times what the network moves.
+            precision, times what the network moves. Without it, convolutions keep out of TF32 on NVIDIA GPUs too.
     """
 
     def __init__(
@@ -102,6 +107,8 @@ class InflationaryFlow(nn.Module):
         self.gradient_checkpointing = False
         self.exact_up_to = EXACT_UP_TO
         self.autocast: torch.dtype | None = None
+        self.cuda_graphs = False
+        self.recordings = Recordings()
         self.compiled_take: Callable[[Step, Tensor], Tensor] | None = None
         self.compiled_autocast: torch.dtype | None = None
         self._solvers = SolverCache()
@@ -312,6 +319,7 @@ class InflationaryFlow(nn.Module):
 
     # -- in standardised coordinates, for those who measure the numerics ---------------------------------------------
 
+    @full_precision()
     def decode_standard(self, z: Tensor, grid: Grid) -> Tensor:
         """The solve alone, on any grid: latents ``(n, D)`` to standardised coordinates ``v``."""
         velocity = self.evaluated_velocity()
@@ -397,6 +405,7 @@ class InflationaryFlow(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InflationaryFlow":
         self._solvers.clear()  # its tensors have the old dtype and device
+        self.recordings.clear()
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:

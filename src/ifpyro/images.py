@@ -68,7 +68,7 @@ class ImageVelocity(FramedVelocity):
         batch = y.shape[:-1]  # training puts rows that share a time on an axis of their own
         image = basis.rotate_back(y * gain).reshape(-1, *self.event_shape)
         out = self.network(image, time.squeeze(-1).expand(batch).reshape(-1))
-        return sine * basis.rotate(out.reshape(*batch, -1))
+        return sine * basis.rotate(out.reshape(*batch, basis.dim))
 
     def spec(self) -> dict[str, Any] | None:
         """What :func:`build_velocity` needs, or None."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from .fidelity import fidelity
 from .flow import InflationaryFlow
 from .ode import Grid, take
+from .precision import full_precision
 
 STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 MEASURED = 24  # steps whose errors are measured to place the others
@@ -62,6 +63,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
     flow.report["numerics"] = {"tolerance": tolerance, **measure(flow, x)}
 
 
+@full_precision()
 def knots_for(flow: InflationaryFlow, z: Tensor) -> tuple[float, ...]:
     r"""The times at equal shares of the effort that decoding ``z`` takes: knots of a :class:`~ifpyro.ode.Grid`.
 

@@ -64,7 +64,7 @@ class Pool:
                 "them with torchrun or accelerate launch"
             )
         try:
-            dist.init_process_group(timeout=timedelta(seconds=timeout))
+            dist.init_process_group(_backend(), timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise PoolError(
                 f"the {os.environ['WORLD_SIZE']} processes of this job did not find one another within {timeout:.0f} "
@@ -127,9 +127,9 @@ class _Processes(Pool):
         self.device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
 
     def sum(self, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        self._call(lambda: dist.all_reduce(x))
-        return x
+        carried = self._carried(x)
+        self._call(lambda: dist.all_reduce(carried))
+        return carried.to(x.device)
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
         return self.sum(torch.tensor(numbers, dtype=torch.double, device=self._wire)).tolist()
@@ -144,9 +144,9 @@ class _Processes(Pool):
         return self._gather(x, [end - start for start, end in pairwise(ends)])
 
     def share(self, x: Tensor) -> Tensor:
-        x = x.clone(memory_format=torch.contiguous_format)
-        self._call(lambda: dist.broadcast(x, 0))
-        return x
+        carried = self._carried(x)
+        self._call(lambda: dist.broadcast(carried, 0))
+        return carried.to(x.device)
 
     def share_bytes(self, content: bytes) -> bytes:
         length = int(self.share(torch.tensor(len(content), device=self._wire)))
@@ -175,11 +175,17 @@ class _Processes(Pool):
         """A device whose tensors can travel."""
         return torch.device("cpu") if "gloo" in dist.get_backend_config() else self.device
 
+    def _carried(self, x: Tensor) -> Tensor:
+        """A copy of a tensor that can travel: from where it is, or where a backend meets it."""
+        backend = dist.get_backend_config()
+        travels = ("gloo" if x.device.type == "cpu" else "nccl") in backend
+        return x.to(x.device if travels else self._wire, copy=True, memory_format=torch.contiguous_format)
+
     def _gather(self, x: Tensor, lengths: list[int]) -> Tensor:
-        padded = torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])]).contiguous()
+        padded = self._carried(torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])]))
         parts = [torch.empty_like(padded) for _ in lengths]
         self._call(lambda: dist.all_gather(parts, padded))
-        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+        return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)]).to(x.device)
 
     def _call(self, collective: Callable[[], Any]) -> None:
         try:
@@ -191,3 +197,9 @@ class _Processes(Pool):
                 f"process {self.rank} of {self.size} lost touch with the others: one of them has died or failed; its "
                 f"own output says why ({reason})"
             ) from error
+
+
+def _backend() -> str | None:
+    """Torch's choice; where processes share a GPU, which NCCL refuses to serve, they meet on the processor."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    return "gloo" if torch.cuda.is_available() and torch.cuda.device_count() < here else None

@@ -1,9 +1,17 @@
-"""Velocities evaluated in reduced precision, states kept in full.
+"""Velocities evaluated in reduced precision, states kept in full; and single precision that is not cut short.
 
 The network's matrix products and convolutions run in, say, bfloat16, as torch's autocast arranges them; the state, the
 rotation around the network and the sums of the solver stay in single precision (see :class:`~ifpyro.basis.Basis`, which
 keeps autocast out of its products).
+
+On NVIDIA GPUs torch by itself evaluates convolutions of single precision in TF32, to ten bits. That is too coarse to
+tell whether draws in a batch are what they are alone, to invert a map to rounding, or to choose a solver's steps; a
+network whose errors do not matter so much is better served by an autocast.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,3 +49,25 @@ class Autocast(Velocity):
     def extra_repr(self) -> str:
         """The dtype."""
         return str(self.dtype)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Convolutions in the precision of their arguments, gradients included; torch's setting comes back afterwards.
+
+    Also a decorator. Matrix products are in full precision by torch's default, which is the user's to change.
+    """
+    settings: Any = torch.backends.cudnn
+    name: str
+    full: bool | str
+    name, full = "allow_tf32", False
+    try:
+        before = settings.allow_tf32
+    except RuntimeError:  # it was set by the attributes that newer versions of torch have, which do not mix with this
+        settings, name, full = settings.conv, "fp32_precision", "ieee"
+        before = settings.fp32_precision
+    setattr(settings, name, full)
+    try:
+        yield
+    finally:
+        setattr(settings, name, before)

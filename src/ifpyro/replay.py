@@ -30,7 +30,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from tqdm import tqdm
 
-from ifpyro.sites import Call, Site, flow_base, is_deterministic, quietly, read_site, to_numpy
+from ifpyro.sites import Call, Site, device_of, flow_base, is_deterministic, quietly, read_site, to_numpy
 
 Key = tuple[str, str]
 """What a number is, and of which site: ``("value", "x")``, ``("log_prob", "y")``, ``("base", "x")``, ``("lp",
@@ -81,7 +81,7 @@ class _Steer(Messenger):
                     f"but its draws have shape {tuple(value.shape)}: pass arguments under which the draws of "
                     f"{name!r} fit, or a model in which it does not depend on the size of the data"
                 )
-            msg["value"] = value
+            msg["value"] = value.to(device_of(fn) or value.device)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
+from ifpyro.randomness import seeded
+
 Kind = Literal["latent", "observed", "deterministic", "factor"]
 
 
@@ -65,6 +67,15 @@ def core(fn: Any) -> Any:
     while not isinstance(fn, TransformedDistribution) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
     return fn
+
+
+def device_of(fn: Any) -> torch.device | None:
+    """Where a distribution's parameters are, which is where its draws are; None if it does not tell."""
+    fn = core(fn)
+    while isinstance(fn, TransformedDistribution):
+        fn = core(fn.base_dist)
+    values = (getattr(fn, name, None) for name in fn.arg_constraints)
+    return next((value.device for value in values if isinstance(value, Tensor)), None)
 
 
 def is_point_mass(fn: Any) -> bool:
@@ -156,12 +167,11 @@ def quietly(seed: int) -> Iterator[None]:
     """
     store = pyro.get_param_store()
     with (
-        torch.random.fork_rng(),
+        seeded(seed),
         store.scope(store.get_state()),
         pyro.validation_enabled(False),
         poutine.block(),
     ):
-        torch.manual_seed(seed)
         yield
 
 

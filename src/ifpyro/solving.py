@@ -10,6 +10,7 @@ from torch import Tensor
 from .inverse import invert
 from .log_det import EXACT_UP_TO, fixed_probes, hutchinson
 from .ode import Step, take, take_with_log_det, take_with_traces
+from .precision import full_precision
 from .recompute import recompute
 from .solvers import is_wrapped, weights_of
 from .velocity import Velocity
@@ -20,6 +21,24 @@ if TYPE_CHECKING:
 
 def solve_to_data(flow: "InflationaryFlow", y: Tensor, with_log_det: bool) -> tuple[Tensor, Tensor]:
     """The map ``T`` of latents ``(n, D)``, and its ``log|det dT|``, ``(n,)``, zero if it is not wanted."""
+    if not with_log_det and _is_recorded(flow, y):
+        grid, *state = flow.map_state()
+        solve = partial(_solve_to_data, flow, with_log_det=False)
+        return flow.recordings.play(lambda rows: solve(rows)[0], y, tuple(state), grid), y.new_zeros(len(y))
+    return _solve_to_data(flow, y, with_log_det)
+
+
+def _is_recorded(flow: "InflationaryFlow", y: Tensor) -> bool:
+    """Whether a decode may be a recording: on a GPU, of tensors as they are, of frozen weights."""
+    if not (flow.cuda_graphs and y.is_cuda and len(y)) or is_wrapped(y):
+        return False
+    if flow.gradient_checkpointing and y.requires_grad:
+        return False
+    return not any(w.requires_grad or is_wrapped(w) for w in weights_of(flow.velocity))
+
+
+@full_precision()
+def _solve_to_data(flow: "InflationaryFlow", y: Tensor, with_log_det: bool) -> tuple[Tensor, Tensor]:
     log_det = y.new_zeros(len(y))
     run, velocity = _runner(flow), flow.evaluated_velocity()
     for index, step in enumerate(flow.solver(y).to_data):
@@ -31,6 +50,7 @@ def solve_to_data(flow: "InflationaryFlow", y: Tensor, with_log_det: bool) -> tu
     return y, log_det
 
 
+@full_precision()
 def solve_to_latent(flow: "InflationaryFlow", y: Tensor, with_log_det: bool) -> tuple[Tensor, Tensor]:
     """The inverse of ``T`` at ``(n, D)``, and ``log|det dT|`` at its result, not of the inverse."""
     log_det = y.new_zeros(len(y))

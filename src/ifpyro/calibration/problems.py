@@ -21,9 +21,9 @@ from ifpyro.calibration.arrays import Array, to_array
 from ifpyro.fidelity import fidelity
 from ifpyro.infer.many import ManyDataSets
 from ifpyro.infer.observed import Simulate, with_data
-from ifpyro.infer.randomness import seeded
 from ifpyro.infer.reparam import reparam
 from ifpyro.infer.scan import check_arguments
+from ifpyro.randomness import seeded
 
 LOG_LIKELIHOOD = "log_likelihood"
 
@@ -134,7 +134,7 @@ class PyroProblem:
     def simulate(self, index: int, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Latent sites and simulated data of one simulation."""
         simulation, traced = Simulate(), poutine.trace(reparam(self.model))
-        own_state = seeded(seed_of(seed, index, SIMULATION), torch.device("cpu"))
+        own_state = seeded(seed_of(seed, index, SIMULATION))
         with own_state, torch.no_grad(), fidelity("fine"), simulation:
             trace = traced.get_trace(*self.args, **self.kwargs)
         latents = {name: trace.nodes[name]["value"] for name in trace.stochastic_nodes}
@@ -168,7 +168,7 @@ class PyroProblem:
     def _one(self, density: ManyDataSets, data: dict[str, Tensor], seed: int) -> Tensor:
         """Unconstrained draws for one data set, ``(chains, draws, dim)``."""
         conditioned = partial(with_data(self.model, data), *self.args, **self.kwargs)
-        with seeded(seed, torch.device("cpu")):
+        with seeded(seed):
             result = call(self.engine, conditioned, seed=seed)
             if hasattr(result, "get_samples"):
                 result = _sampled(result, seed)

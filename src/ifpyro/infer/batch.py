@@ -22,11 +22,12 @@ from torch import Tensor
 from ifpyro.infer.enumeration import sum_out
 from ifpyro.infer.layout import BatchingError, ModelError
 from ifpyro.infer.probe import collect_probes
-from ifpyro.infer.randomness import seeded
 from ifpyro.infer.reparam import reparam
 from ifpyro.infer.runner import Batching, InChunks, Runner, Totals
 from ifpyro.infer.scan import Enumerated, Model, Scan, check_arguments, scan
 from ifpyro.infer.verify import Verifier, same_rows
+from ifpyro.precision import full_precision
+from ifpyro.randomness import seeded
 
 _ORDER: tuple[Batching, ...] = ("plate", "vmap", "loop")
 _What = Literal["density", "values", "prior"]
@@ -86,22 +87,21 @@ class BatchedModel:
         check_arguments(model, args, kwargs)
         self._asked, self._batch_size = batching, batch_size
         self._notes: list[str] = []
-        start = torch.device(device or "cpu")
         self.prepare: Callable[[Model], Model] = reparam
         try:
-            found, invalid = _scan(reparam(model), args, kwargs, seed, start)
+            found, invalid = _scan(reparam(model), args, kwargs, seed)
         except Enumerated:
-            with seeded(seed, start), pyro.validation_enabled(False):
+            with seeded(seed), pyro.validation_enabled(False):
                 summed = sum_out(reparam(model), args, kwargs)
             self.prepare = lambda other: summed(reparam(other))
-            found, invalid = _scan(self.prepare(model), args, kwargs, seed, start)
+            found, invalid = _scan(self.prepare(model), args, kwargs, seed)
         model = self.prepare(model)
         self._layout = found.layout
         self.dim: int = self._layout.dim
         self.device = torch.device(device) if device is not None else found.device
         self.dtype = self._layout.dtype
         self._runner = Runner(model, args, kwargs, self._layout)
-        with seeded(seed, self.device), pyro.validation_enabled(False):
+        with seeded(seed), pyro.validation_enabled(False), full_precision():
             probes = collect_probes(self._runner)
             if invalid is not None:
                 raise ModelError(
@@ -174,9 +174,9 @@ class BatchedModel:
         size = min(self._batch_size or num, num)
         counts = [min(size, num - start) for start in range(0, num, size)]
         with pyro.validation_enabled(False), torch.no_grad():
-            with seeded(0, self.device):  # apart from the draws, which depend on the generator alone
+            with seeded(0):  # apart from the draws, which depend on the generator alone
                 self._verify_size("prior", size, like)
-            with seeded(seed, self.device):
+            with seeded(seed):
                 return torch.cat([self._runner.draw(self.prior_batching, n, like) for n in counts])
 
     def sites(self, q: Tensor) -> dict[str, Tensor]:
@@ -276,7 +276,7 @@ class BatchedModel:
         if not right:
             self._note(f"the plate gives wrong {_SUBJECTS[what]} for just {n} draws and is given up")
             self._asked = None
-            with seeded(0, self.device):
+            with seeded(0):
                 self._ways[what] = self._choose(what, _ORDER[1:])
 
     def _note(self, text: str) -> None:
@@ -311,15 +311,13 @@ class BatchedModel:
         return n
 
 
-def _scan(
-    model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, device: torch.device
-) -> tuple[Scan, ValueError | None]:
+def _scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int) -> tuple[Scan, ValueError | None]:
     """What is found in a model, and what torch's validation objects to: later runs may say more than it says."""
     try:
-        with seeded(seed, device):
+        with seeded(seed):
             return scan(model, args, kwargs), None
     except ModelError:
         raise
     except ValueError as error:
-        with seeded(seed, device), pyro.validation_enabled(False):
+        with seeded(seed), pyro.validation_enabled(False):
             return scan(model, args, kwargs), error

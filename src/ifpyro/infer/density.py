@@ -14,6 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ifpyro.precision import full_precision
+
 
 class BatchedDensity(Protocol):
     """What an engine needs of a model, and all it knows of it."""
@@ -37,6 +39,7 @@ class BatchedDensity(Protocol):
     """Whether the prior of ``q`` is exactly ``N(0, I)`` (what elliptical slice sampling needs)."""
 
 
+@full_precision()
 def log_density_and_grad(density: BatchedDensity, q: Tensor, beta: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prior, log-likelihood and the gradient of ``log_prior + beta * log_likelihood``.
 

@@ -38,6 +38,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..flow import InflationaryFlow
+from ..precision import full_precision
 
 _NODES = 4097
 _ANNEALING = 0.5  # ratio of neighbouring noise levels far above the final one
@@ -56,6 +57,7 @@ class _Level:
     sin: Tensor
 
 
+@full_precision()
 def linear_posterior(
     flow: InflationaryFlow,
     operator: Tensor,
@@ -142,10 +144,10 @@ def _denoise(flow: InflationaryFlow, x: Tensor, ladder: list[_Level], generator:
     Means are exact at any step. The variance takes that of ``x_0`` given the state from the identity ``E[(target -
     F)^2] = 1 - E[F^2]`` on every axis, averaged over rows.
     """
-    basis = flow.basis
+    basis, evaluated = flow.basis, flow.evaluated_velocity()
     state = basis.to_standard(x) * ladder[0].cos
     for now, after in zip(ladder, [*ladder[1:], None], strict=True):
-        velocity = flow.velocity(state, now.embedding)
+        velocity = evaluated(state, now.embedding)
         clean = now.cos * state + now.sin * velocity
         spread = now.sin.square() * (1 - velocity.square().mean(0)).clamp(0.02, 1)
         xi = torch.randn(state.shape, generator=generator, dtype=x.dtype, device=x.device)

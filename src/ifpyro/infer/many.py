@@ -23,9 +23,10 @@ from ifpyro.infer.handlers import Evaluate
 from ifpyro.infer.layout import BatchingError
 from ifpyro.infer.observed import with_data
 from ifpyro.infer.probe import Probes
-from ifpyro.infer.randomness import seeded
 from ifpyro.infer.runner import Batching, InChunks, Runner, Totals, gradient
 from ifpyro.infer.verify import check_density, check_isolation, close_enough
+from ifpyro.precision import full_precision
+from ifpyro.randomness import seeded
 
 _Model = Callable[..., Any]
 
@@ -114,7 +115,7 @@ class ManyDataSets:
         self.data = {name: value.to(self.device) for name, value in data.items()}
         self._trusted: set[int] = set()
         self._objections: list[str] = []
-        with seeded(seed, self.device), pyro.validation_enabled(False):
+        with seeded(seed), pyro.validation_enabled(False), full_precision():
             self.batching = self._choose(("plate", "vmap", "loop"))
 
     def __call__(self, q: Tensor) -> Totals:

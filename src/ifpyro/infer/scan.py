@@ -24,8 +24,8 @@ from ifpyro.infer.layout import (
     split_mask,
     support_tensors,
 )
-from ifpyro.infer.randomness import seeded
 from ifpyro.infer.runner import Runner
+from ifpyro.randomness import seeded
 
 Model = Callable[..., Any]
 
@@ -197,7 +197,7 @@ def check_reproducible(runner: Runner, q: Tensor) -> None:
     """Raise if two runs on the same latent values disagree."""
     runs = []
     for seed in (1, 2):
-        with seeded(seed, q.device):
+        with seeded(seed):
             runs.append(runner.single(q))
     first, second = runs[0].log_terms(), runs[1].log_terms()
     for name in {**first, **second}:

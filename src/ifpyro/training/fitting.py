@@ -15,6 +15,7 @@ from ..basis import Basis
 from ..flow import InflationaryFlow
 from ..numerics import choose_grid, latent_power
 from ..pool import Pool
+from ..randomness import seeded
 from ..samples import as_samples
 from ..schedule import Schedule
 from ..sources import open_source
@@ -106,10 +107,8 @@ def fit(
     schedule.check_axes(axes.principal, axes.dim)
     recipe = recipe or Recipe.for_data(data.count, axes.dim)
     limit = max_steps if max_steps is not None else recipe.max_steps
-    devices = [data.device] if data.device.type == "cuda" else []
     # Layers initialise, and dropout draws, from torch's global stream: borrow it, and give it back as it was.
-    with torch.random.fork_rng(devices=devices), _one_thread():
-        torch.manual_seed(seed)
+    with seeded(seed), _one_thread():
         angles = schedule.angles(axes.scale)
         net = make_network(network, data.count, axes, angles)
         run = Run(

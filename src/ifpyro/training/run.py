@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..pool import Pool
+from ..randomness import seeded
 from ..schedule import Angles
 from ..velocity import Velocity
 from .loss import noised_rows, velocity_loss
@@ -190,10 +191,8 @@ class Run:
         if self.pool.size == 1:
             yield
             return
-        devices = [self.rows.device] if self.rows.device.type == "cuda" else []
         own = torch.initial_seed() + (self.step + 1) * self.pool.size + self.pool.rank
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(own)
+        with seeded(own):
             yield
 
     def place(self) -> dict[str, Tensor]:
