@@ -28,8 +28,8 @@ from throughput import bare_passes, random_flow
 RESULTS = CACHE.parent / "accelerator.md"
 HEADER = """# On an accelerator
 
-Written by `python benchmarks/accelerator.py`, in wall-clock seconds of one process alone on the device unless a section
-says otherwise. Everything else that is measured in this folder ran on one core of a processor.
+Tables are written by `python benchmarks/accelerator.py`, in wall-clock seconds of one process alone on the device unless
+a section says otherwise. Everything else that is measured in this folder ran on one core of a processor.
 """
 TABLE = (
     "",
@@ -71,8 +71,9 @@ def passes(options: argparse.Namespace) -> Iterator[str]:
     yield ""
     yield (
         f"{4 * STEPS} evaluations, networks of throughput.py with random weights. Medians of alternating runs. Limit: "
-        "as many bare passes of the network, forward and for gradients back. Small networks take as long as their "
-        "kernels take to launch, whatever the rows; *recorded* (`flow.cuda_graphs`) they are launched together."
+        "as many bare passes of the network, launched one by one, forward and for gradients back. Small networks take "
+        "as long as their kernels take to launch, whatever the rows; *recorded* (`flow.cuda_graphs`) they are launched "
+        "together."
     )
     yield from TABLE
     for dim, rows in SIZES:

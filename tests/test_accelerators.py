@@ -24,6 +24,7 @@ from ifpyro.infer.many import ManyDataSets
 from ifpyro.ode import Grid
 from ifpyro.reconstruction import measure
 from ifpyro.training import Recipe
+from ifpyro.velocity import MLP
 from test_devices import image_flow
 from test_training import interrupt_at
 
@@ -132,14 +133,31 @@ def test_recorded_decodes_are_decodes(name):
     with ifpyro.fidelity("coarse"):
         for _ in range(4):
             torch.testing.assert_close(flow.decode(z[0]), plain.decode(z[0]))
-    assert len(flow.recordings._kept) == 3
+    assert len(flow.recordings) == 3
+    with torch.inference_mode():
+        found = flow.decode(z[1])
+    torch.testing.assert_close(found.clone(), plain.decode(z[1]))
+    mine, flow.velocity = flow.velocity, copy.deepcopy(flow.velocity)  # another network for a while
+    flow.encode(plain.decode(z[0]))
+    flow.velocity = mine
+    for values in z:
+        torch.testing.assert_close(flow.decode(values), plain.decode(values))
     if name == "network 8":  # other weights are seen
         with torch.no_grad():
             for network in (flow.velocity, plain.velocity):
                 network.outlet.weight.mul_(1.5)
         for _ in range(4):
             torch.testing.assert_close(flow.decode(z[0]), plain.decode(z[0]))
-    assert len(copy.deepcopy(flow).recordings._kept) == 0
+        leaf = z[0].clone().requires_grad_()
+        for _ in range(4):
+            end = flow.decode(leaf).sum()
+        with torch.no_grad():
+            flow.velocity.outlet.weight.mul_(1.1)
+        with pytest.raises(RuntimeError, match="changed in place"):
+            torch.autograd.grad(end, leaf)
+        hessian = torch.autograd.functional.hessian(lambda v: flow.decode(v[None]).square().sum(), z[0][0])
+        assert hessian.isfinite().all()
+    assert len(copy.deepcopy(flow).recordings) == 0
 
 
 def test_reduced_precision_and_layout():
@@ -178,6 +196,11 @@ def test_training_goes_on_where_it_was(tmp_path, monkeypatch):
     resumed = ifpyro.fit(x, device=DEVICE, checkpoint=path, **OPTIONS)
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_network_of_ones_own():
+    flow = ifpyro.fit(samples(3, rows=400), device=DEVICE, **{**OPTIONS, "network": MLP(3, width=16, blocks=1)})
+    assert kind_of(flow.sample(2, seed=0)) == DEVICE
 
 
 def test_rows_from_a_file(tmp_path):
@@ -244,6 +267,7 @@ def test_engines_are_exact(engine, tmp_path):
         run = ifpyro.MCMC(kernel, draws, 60, 48, smc_particles=256, seed=1, progress=False).run(y, flow)
         empty = ifpyro.MCMC(kernel, 1)
     assert run.attributes["batching"] == "plate"
+    assert (len(flow.recordings) > 0) == flow.cuda_graphs
     found = run.get_samples(group_by_chain=True)["x"]
     assert_exact(exact, found.double().cpu())
     posterior = ifpyro.to_arviz(run, progress=False).posterior["x"]

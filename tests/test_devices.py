@@ -129,19 +129,24 @@ def test_channels_last():
     torch.testing.assert_close(flow.log_prob(x), log_prob, rtol=0, atol=1e-3)
 
 
+def cut_short():
+    """Whether convolutions may be, on NVIDIA GPUs, by the settings before and since torch 2.9."""
+    if hasattr(torch.backends.cudnn, "conv"):
+        return torch.backends.cudnn.conv.fp32_precision != "ieee"
+    return torch.backends.cudnn.allow_tf32
+
+
 class Watching(Convolutions):
-    """Says whether convolutions may be cut short on NVIDIA GPUs, by the settings before and since torch 2.9."""
+    """Remembers how it is evaluated."""
 
     def forward(self, image, time):
-        try:
-            self.seen.append(torch.backends.cudnn.allow_tf32)
-        except RuntimeError:
-            self.seen.append(torch.backends.cudnn.conv.fp32_precision != "ieee")
+        self.seen.append(cut_short())
         return super().forward(image, time)
 
 
 def full_and_back(setting):
-    """The network sees full precision in whatever a flow and an engine do, and the setting is what it was."""
+    """Network and likelihood see full precision in whatever a flow and an engine do, gradients too; the setting is what
+    it was."""
     flow, watching = image_flow(), Watching()
     flow.velocity.network, watching.seen = watching, []
     x = flow.sample(3, seed=0)
@@ -149,7 +154,10 @@ def full_and_back(setting):
     ifpyro.linear_posterior(flow, torch.eye(48)[:2], x[0].flatten()[:2], 0.3, draws=2, sweeps=1, progress=False)
 
     def model():
-        pyro.factor("seen", -pyro.sample("x", flow.prior()).square().sum((-1, -2, -3)))
+        x = pyro.sample("x", flow.prior())
+        x.register_hook(lambda _: watching.seen.append(cut_short())) if x.requires_grad else None
+        watching.seen.append(cut_short())
+        pyro.factor("seen", -x.square().sum((-1, -2, -3)))
 
     ifpyro.SMC(model, 8, max_moves=1, max_steps=2, prior_draws=1, seed=0, progress=False).run()
     assert watching.seen
@@ -169,12 +177,16 @@ def test_convolutions_are_not_cut_short():
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch has the older setting alone")
-def test_the_newer_setting_too():
+@pytest.mark.parametrize(
+    "setting",
+    ["cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision = 'tf32', 'ieee'", "torch.backends.fp32_precision = 'tf32'"],
+)
+def test_the_newer_setting_too(setting):
     """In a process of its own: torch does not let its two kinds of settings mix."""
     code = (
-        "import torch, test_devices as t\n"
-        "conv = torch.backends.cudnn.conv\n"
-        "conv.fp32_precision = 'ieee'\n"
-        "assert t.full_and_back(lambda: conv.fp32_precision) == 'ieee'"
+        "import sys, torch, test_devices as t\n"
+        "cudnn = torch.backends.cudnn\n"
+        "exec(sys.argv[1])\n"
+        "assert t.full_and_back(lambda: cudnn.conv.fp32_precision) == 'tf32'"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent)
+    subprocess.run([sys.executable, "-c", code, setting], check=True, cwd=Path(__file__).parent)

@@ -71,11 +71,14 @@ class InflationaryFlow(nn.Module):
             that are the same in every call (see :mod:`ifpyro.log_det`).
         cuda_graphs: False by default. If set, decodes on a GPU and their gradients in ``z`` are recorded as CUDA graphs
             when batches of one size come for the third time, and played back: where networks are small, launching their
-            kernels takes most of the time. Recordings keep their activations in memory. Log-determinants, ``encode``,
-            checkpointed gradients and calls inside torch.func are not recorded.
+            kernels takes most of the time. Up to 24 recordings keep all their activations in memory. A network must not
+            wait for the processor, and what it reads besides its arguments and weights stays as it was. For one thread
+            and one stream. Log-determinants, ``encode``, checkpointed gradients, second derivatives and calls inside
+            torch.func run as they always do.
         autocast: None by default. A dtype such as ``torch.bfloat16`` evaluates a single-precision flow's network in it,
             on devices where that is fast; states stay as they are. Positions and round trips are then good to about its
-            precision, times what the network moves. Without it, convolutions keep out of TF32 on NVIDIA GPUs too.
+            precision, times what the network moves. Without it, convolutions keep out of TF32 on NVIDIA GPUs too, in
+            samplers those of gradients as well.
     """
 
     def __init__(
@@ -341,6 +344,7 @@ class InflationaryFlow(nn.Module):
         """The velocity in the precision in which it is evaluated."""
         return self.velocity if self.autocast is None else Autocast(self.velocity, self.autocast)
 
+    @full_precision()
     def solve_adaptive(
         self, state: Tensor, *, to_data: bool, rtol: float = 1e-6, atol: float = 1e-6, log_det: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -412,6 +416,7 @@ class InflationaryFlow(nn.Module):
         """As in torch; the scales decide the angles and embeddings, which are recomputed."""
         result = super().load_state_dict(*args, **kwargs)
         self._solvers.clear()
+        self.recordings.clear()
         self.angles = self.schedule.angles(self.basis.scale)
         self.velocity.attach(self.basis, self.angles)
         return result

@@ -44,11 +44,14 @@ class Pool:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     @classmethod
-    def join(cls, timeout: float = 1800.0) -> "Pool":
+    def join(cls, timeout: float = 1800.0, backend: str | None = None) -> "Pool":
         """The pool of this job: of all processes under ``torchrun`` or ``accelerate launch``, else of this one alone.
 
         Args:
             timeout: seconds for which a process waits for the others before it gives up.
+            backend: of ``torch.distributed``. By default torch's choice; but gloo, through the processor, where a
+                process sees fewer GPUs than there are processes on its machine: NCCL does not let them share one. Where
+                each process is shown a GPU of its own, ask for ``"cpu:gloo,cuda:nccl"``.
 
         Raises:
             PoolError: if the processes do not find one another.
@@ -64,7 +67,7 @@ class Pool:
                 "them with torchrun or accelerate launch"
             )
         try:
-            dist.init_process_group(_backend(), timeout=timedelta(seconds=timeout))
+            dist.init_process_group(backend or _backend(), timeout=timedelta(seconds=timeout))
         except (RuntimeError, ValueError) as error:
             raise PoolError(
                 f"the {os.environ['WORLD_SIZE']} processes of this job did not find one another within {timeout:.0f} "

@@ -10,7 +10,7 @@ network whose errors do not matter so much is better served by an autocast.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -53,21 +53,21 @@ class Autocast(Velocity):
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions in the precision of their arguments, gradients included; torch's setting comes back afterwards.
+    """Convolutions in the precision of their arguments, and their gradients if taken within; torch's setting, which
+    all threads share, comes back afterwards.
 
     Also a decorator. Matrix products are in full precision by torch's default, which is the user's to change.
     """
-    settings: Any = torch.backends.cudnn
-    name: str
-    full: bool | str
-    name, full = "allow_tf32", False
-    try:
-        before = settings.allow_tf32
-    except RuntimeError:  # it was set by the attributes that newer versions of torch have, which do not mix with this
-        settings, name, full = settings.conv, "fp32_precision", "ieee"
-        before = settings.fp32_precision
-    setattr(settings, name, full)
+    cudnn: Any = torch.backends.cudnn
+    before: list[tuple[Any, str, Any]] = []
+    with suppress(RuntimeError):  # it was set by the attribute that newer versions of torch have; the two do not mix
+        before.append((cudnn, "allow_tf32", cudnn.allow_tf32))
+    if hasattr(cudnn, "conv"):  # the first changes the second, which has the last word
+        before.append((cudnn.conv, "fp32_precision", cudnn.conv.fp32_precision))
+    for owner, name, _ in before:
+        setattr(owner, name, False if name == "allow_tf32" else "ieee")
     try:
         yield
     finally:
-        setattr(settings, name, before)
+        for owner, name, value in before:
+            setattr(owner, name, value)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .precision import full_precision
+
 
 def recompute(function: Callable[[Tensor], Any], y: Tensor) -> Any:
     """``function(y)``, a tensor or a tuple of them, whose gradient runs the function again.
@@ -33,6 +35,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.save_for_backward(y)
 
     @staticmethod
+    @full_precision()  # as in the pass that is run again
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (y,) = ctx.saved_tensors
         if not torch.is_grad_enabled() and not any(_is_wrapped(v) for v in (y, *gradients)):

@@ -5,31 +5,38 @@ for thousands. A recording launches them all at once: it does the same arithmeti
 are copied in and the result is copied out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from .precision import full_precision
+from .solvers import is_wrapped
 
 MOST = 24
-"""Recordings of one flow: sizes of batches, grids, with and without gradient. Others run as they always do."""
+"""Recordings of one flow: sizes of batches, grids, with and without gradient. The one that rested longest makes way."""
 
 SEEN = 2
 """Times that a decode runs before it is recorded: a recording costs several decodes."""
+
+_NAMES = 1000  # of decodes that are counted
 
 Solve = Callable[[Tensor], Tensor]
 
 
 class Recordings:
-    """What a flow has recorded, for as long as it is the same map."""
+    """What a flow has recorded, for as long as it is the same map. For one thread and one stream at a time."""
 
     def __init__(self) -> None:
         self._state: tuple[Any, ...] = ()
         self._seen: dict[Any, int] = {}
         self._kept: dict[Any, _Recording] = {}
 
-    def play(self, solve: Solve, y: Tensor, state: tuple[Any, ...], grid: Any) -> Tensor:
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def play(self, solve: Solve, y: Tensor, state: tuple[Any, ...], grid: Any, held: Sequence[Any]) -> Tensor:
         """``solve(y)``, recorded at its third call with as many rows, and then played back.
 
         Args:
@@ -37,18 +44,28 @@ class Recordings:
             y: states ``(n, D)``.
             state: what the map depends on besides its argument and its grid.
             grid: its grid.
+            held: all else that it reads; kept alive for as long as it may be played.
+
+        Raises:
+            RuntimeError: if the map cannot be recorded.
         """
         if state != self._state:
             self.clear()
             self._state = state
         gradient = torch.is_grad_enabled() and y.requires_grad
-        key = (grid, y.shape, y.dtype, y.device, gradient)
-        if key not in self._kept:
+        ambient = torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda")
+        key = (grid, y.shape, y.dtype, y.device, gradient, ambient)
+        recording = self._kept.pop(key, None)
+        if recording is None:
+            if len(self._seen) > _NAMES:
+                self._seen.clear()
             self._seen[key] = self._seen.get(key, 0) + 1
-            if self._seen[key] <= SEEN or len(self._kept) == MOST:
+            if self._seen[key] <= SEEN:
                 return solve(y)
-            self._kept[key] = _Recording(solve, y, gradient)
-        recording = self._kept[key]
+            if len(self._kept) == MOST:
+                del self._kept[next(iter(self._kept))]
+            recording = _Recording(solve, y, gradient, held)
+        self._kept[key] = recording  # the last to go
         played: Tensor = _Play.apply(y, recording) if gradient else recording.forward(y)
         return played.clone()  # the next batch overwrites what was played
 
@@ -64,20 +81,39 @@ class Recordings:
 class _Recording:
     """One decode of ``n`` rows, and its gradient."""
 
-    def __init__(self, solve: Solve, y: Tensor, gradient: bool) -> None:
-        self.turn = 0
-        with torch.set_grad_enabled(gradient):
-            self._start = y.detach().clone().requires_grad_(gradient)
-            _warm_up(solve, self._start, gradient)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._end = solve(self._start)
-            if gradient:
-                self._cotangent = torch.zeros_like(self._end)
-                self._backward = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self._backward, pool=self._graph.pool()):
-                    (self._gradient,) = torch.autograd.grad(self._end, self._start, self._cotangent)
+    def __init__(self, solve: Solve, y: Tensor, gradient: bool, held: Sequence[Any]) -> None:
+        self.turn, self.solve, self._held = 0, solve, held
+        device = y.device
+        # One stream for the way there and back, on the device of the rows, which need not be the current one.
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        try:
+            with (
+                torch.cuda.device(device),
+                torch.cuda.stream(current),  # comes back even if a recording breaks off
+                torch.inference_mode(False),
+                torch.set_grad_enabled(gradient),
+                full_precision(),
+            ):
+                self._start = y.detach().clone().requires_grad_(gradient)
+                _warm_up(solve, self._start, gradient, stream)
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph, stream=stream):
+                    self._end = solve(self._start)
+                if gradient:
+                    self._cotangent = torch.zeros_like(self._end)
+                    self._backward = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(self._backward, pool=self._graph.pool(), stream=stream):
+                        (self._gradient,) = torch.autograd.grad(self._end, self._start, self._cotangent)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"a decode of {len(y)} rows cannot be recorded: the network waits for the processor on its way, or "
+                f"there is too little memory; set flow.cuda_graphs = False ({error})"
+            ) from error
         self._end = self._end.detach()
+
+    def versions(self) -> tuple[int, ...]:
+        """Of the weights that are read, which grow when these are changed in place."""
+        return tuple(value._version for value in self._held if isinstance(value, Tensor))
 
     def forward(self, y: Tensor) -> Tensor:
         with torch.no_grad():
@@ -99,21 +135,27 @@ class _Play(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, recording: _Recording) -> Tensor:
         end = recording.forward(y)
-        ctx.recording, ctx.turn = recording, recording.turn
+        ctx.recording, ctx.turn, ctx.versions = recording, recording.turn, recording.versions()
         ctx.save_for_backward(y)
         return end.view_as(end)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
-        if ctx.recording.turn != ctx.turn:  # other rows went through since, or these went back before
-            ctx.recording.forward(ctx.saved_tensors[0])
-        return ctx.recording.gradient(cotangent), None
+        (y,), recording = ctx.saved_tensors, ctx.recording
+        if ctx.versions != recording.versions():
+            raise RuntimeError("weights of the flow were changed in place after the decode whose gradient is asked for")
+        if torch.is_grad_enabled() or is_wrapped(cotangent):  # somebody differentiates again, or in a batch
+            with torch.enable_grad():
+                (gradient,) = torch.autograd.grad(recording.solve(y), y, cotangent, create_graph=True)
+            return gradient, None
+        if recording.turn != ctx.turn:  # other rows went through since, or these went back before
+            recording.forward(y)
+        return recording.gradient(cotangent), None
 
 
-def _warm_up(solve: Solve, y: Tensor, gradient: bool) -> None:
+def _warm_up(solve: Solve, y: Tensor, gradient: bool, stream: torch.cuda.Stream) -> None:
     """Kernels are chosen, and workspaces taken, before anything is recorded; on another stream, as torch asks for."""
-    stream, current = torch.cuda.Stream(y.device), torch.cuda.current_stream(y.device)
+    current = torch.cuda.current_stream(y.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         for _ in range(2):

@@ -17,6 +17,7 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 from torch.distributions import TransformedDistribution
 
+from ifpyro.precision import full_precision
 from ifpyro.randomness import seeded
 
 Kind = Literal["latent", "observed", "deterministic", "factor"]
@@ -74,8 +75,8 @@ def device_of(fn: Any) -> torch.device | None:
     fn = core(fn)
     while isinstance(fn, TransformedDistribution):
         fn = core(fn.base_dist)
-    values = (getattr(fn, name, None) for name in fn.arg_constraints)
-    return next((value.device for value in values if isinstance(value, Tensor)), None)
+    fn = getattr(fn, "component_distribution", fn)
+    return next((value.device for value in vars(core(fn)).values() if isinstance(value, Tensor)), None)
 
 
 def is_point_mass(fn: Any) -> bool:
@@ -168,6 +169,7 @@ def quietly(seed: int) -> Iterator[None]:
     store = pyro.get_param_store()
     with (
         seeded(seed),
+        full_precision(),
         store.scope(store.get_state()),
         pyro.validation_enabled(False),
         poutine.block(),

@@ -32,7 +32,7 @@ class SolverCache:
         key = (grid, like.dtype, like.device)
         if key not in self._solvers:
             # A plain tensor stands for `like`, which may be a wrapper of torch.func that must not outlive its call.
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():
                 plain = torch.empty(0, dtype=like.dtype, device=like.device)
                 self._solvers[key] = build_solver(velocity, angles, grid, plain)
         return self._solvers[key]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from .inverse import invert
 from .log_det import EXACT_UP_TO, fixed_probes, hutchinson
@@ -23,16 +24,19 @@ def solve_to_data(flow: "InflationaryFlow", y: Tensor, with_log_det: bool) -> tu
     """The map ``T`` of latents ``(n, D)``, and its ``log|det dT|``, ``(n,)``, zero if it is not wanted."""
     if not with_log_det and _is_recorded(flow, y):
         grid, *state = flow.map_state()
-        solve = partial(_solve_to_data, flow, with_log_det=False)
-        return flow.recordings.play(lambda rows: solve(rows)[0], y, tuple(state), grid), y.new_zeros(len(y))
+        held = (flow.solver(y), *flow.basis.buffers(), *weights_of(flow.velocity))
+        played = flow.recordings.play(lambda rows: _solve_to_data(flow, rows, False)[0], y, tuple(state), grid, held)
+        return played, y.new_zeros(len(y))
     return _solve_to_data(flow, y, with_log_det)
 
 
 def _is_recorded(flow: "InflationaryFlow", y: Tensor) -> bool:
-    """Whether a decode may be a recording: on a GPU, of tensors as they are, of frozen weights."""
-    if not (flow.cuda_graphs and y.is_cuda and len(y)) or is_wrapped(y):
+    """Whether a decode may be a recording: on a GPU, of tensors as they are, of frozen weights that draw nothing."""
+    if not (flow.cuda_graphs and y.is_cuda and len(y)) or torch.cuda.is_current_stream_capturing():
         return False
-    if flow.gradient_checkpointing and y.requires_grad:
+    if torch._C._are_functorch_transforms_active() or unpack_dual(y).tangent is not None:
+        return False
+    if flow.velocity.training or (flow.gradient_checkpointing and y.requires_grad):
         return False
     return not any(w.requires_grad or is_wrapped(w) for w in weights_of(flow.velocity))
 

@@ -68,6 +68,7 @@ class BatchedModel:
             enumerated latents summed out.
     """
 
+    @full_precision()
     def __init__(
         self,
         model: Model,
@@ -101,7 +102,7 @@ class BatchedModel:
         self.device = torch.device(device) if device is not None else found.device
         self.dtype = self._layout.dtype
         self._runner = Runner(model, args, kwargs, self._layout)
-        with seeded(seed), pyro.validation_enabled(False), full_precision():
+        with seeded(seed), pyro.validation_enabled(False):
             probes = collect_probes(self._runner)
             if invalid is not None:
                 raise ModelError(
@@ -147,6 +148,7 @@ class BatchedModel:
 
     # -- what engines use -------------------------------------------------------------------------------
 
+    @full_precision()
     def __call__(self, q: Tensor) -> Totals:
         """Differentiable ``(log_prior, log_likelihood)``, each ``(n,)``, for ``q`` of shape ``(n, dim)``.
 
@@ -162,6 +164,7 @@ class BatchedModel:
                 return totals
             return self._totals(q)
 
+    @full_precision()
     def sample_prior(self, num: int, generator: torch.Generator) -> Tensor:
         """Exact draws from the prior of ``q``, shape ``(num, dim)``, from ``generator`` alone."""
         if isinstance(num, bool) or num != int(num) or num < 1:
@@ -179,6 +182,7 @@ class BatchedModel:
             with seeded(seed):
                 return torch.cat([self._runner.draw(self.prior_batching, n, like) for n in counts])
 
+    @full_precision()
     def sites(self, q: Tensor) -> dict[str, Tensor]:
         """Every latent and deterministic site in the user's space, name to ``(n, *shape)``, detached."""
         n = self._check(q)

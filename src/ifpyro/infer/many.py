@@ -92,6 +92,7 @@ class ManyDataSets:
         batching: ``"plate"``, ``"vmap"`` or ``"loop"``.
     """
 
+    @full_precision()
     def __init__(
         self,
         model: _Model,
@@ -115,7 +116,7 @@ class ManyDataSets:
         self.data = {name: value.to(self.device) for name, value in data.items()}
         self._trusted: set[int] = set()
         self._objections: list[str] = []
-        with seeded(seed), pyro.validation_enabled(False), full_precision():
+        with seeded(seed), pyro.validation_enabled(False):
             self.batching = self._choose(("plate", "vmap", "loop"))
 
     def __call__(self, q: Tensor) -> Totals:
@@ -130,6 +131,7 @@ class ManyDataSets:
             )
         return self.at(q, torch.arange(self.families, device=q.device).repeat_interleave(len(q) // self.families))
 
+    @full_precision()
     def at(self, q: Tensor, index: Tensor) -> Totals:
         """The two terms for rows ``q``, ``(n, dim)``, of the data sets ``index``, ``(n,)``."""
         with pyro.validation_enabled(False):

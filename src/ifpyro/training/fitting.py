@@ -109,6 +109,7 @@ def fit(
     limit = max_steps if max_steps is not None else recipe.max_steps
     # Layers initialise, and dropout draws, from torch's global stream: borrow it, and give it back as it was.
     with seeded(seed), _one_thread():
+        torch.manual_seed(seed)  # devices of other kinds too
         angles = schedule.angles(axes.scale)
         net = make_network(network, data.count, axes, angles)
         run = Run(

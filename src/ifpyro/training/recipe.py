@@ -93,7 +93,7 @@ def make_network(network: Velocity | dict[str, Any] | None, rows: int, basis: Ba
     network = copy.deepcopy(network).requires_grad_(True).train().to(basis.scale)
     network.attach(basis, angles)
     with torch.no_grad():
-        out = network(basis.scale.new_zeros(2, dim), network.embed(torch.full((2,), 0.5, dtype=torch.double)))
+        out = network(basis.scale.new_zeros(2, dim), network.embed(basis.scale.new_full((2,), 0.5, dtype=torch.double)))
     if out.shape != (2, dim):
         raise ValueError(f"network expects to map (n, {dim}) to (n, {dim}), got {tuple(out.shape)} for n = 2")
     return network

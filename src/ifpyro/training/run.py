@@ -193,6 +193,7 @@ class Run:
             return
         own = torch.initial_seed() + (self.step + 1) * self.pool.size + self.pool.rank
         with seeded(own):
+            torch.manual_seed(own)  # devices of other kinds too
             yield
 
     def place(self) -> dict[str, Tensor]:
