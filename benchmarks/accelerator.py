@@ -28,8 +28,8 @@ from throughput import bare_passes, random_flow
 RESULTS = CACHE.parent / "accelerator.md"
 HEADER = """# On an accelerator
 
-Tables are written by `python benchmarks/accelerator.py`, in wall-clock seconds of one process alone on the device unless
-a section says otherwise. Everything else that is measured in this folder ran on one core of a processor.
+Tables are by `python benchmarks/accelerator.py`, in wall-clock seconds of one process alone on the device unless a
+section says otherwise. Everything else that is measured in this folder ran on one core of a processor.
 """
 TABLE = (
     "",

@@ -30,7 +30,7 @@ from results import CACHE
 NOISE = 0.05
 BLUR = 1.5  # pixels
 DRAWS = 20
-PATCHES = {"16": 64, "32": 12}  # for each task and part
+PATCHES = {"16": 64, "32": 32}  # for each task and part
 LEVELS = (0.5, 0.9, 0.95)
 NOTES = {
     "16": (
