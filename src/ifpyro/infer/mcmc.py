@@ -15,6 +15,7 @@ from ifpyro.infer.arguments import check_count
 from ifpyro.infer.density import BatchedDensity
 from ifpyro.infer.draws import Draws
 from ifpyro.infer.everywhere import everywhere
+from ifpyro.infer.independence import MAX_DIM
 from ifpyro.infer.kernel import Kernel, Stats
 from ifpyro.infer.resolve import check_start, new_generator, possible_prior_draws, resolve_density
 from ifpyro.infer.smc import SMC
@@ -24,6 +25,7 @@ from ifpyro.pool import Pool, PoolError
 ISLANDS = 4
 """Islands of the SMC pass that finds starting points."""
 
+PARTICLES, FEW_PARTICLES = 256, 128
 WARMUP, WARMUP_AFTER_SMC = 300, 50
 """Transitions of a warm-up; particles hand over step, length, metric and guide."""
 
@@ -43,7 +45,8 @@ class MCMC(Draws):
         init: where chains start: ``"smc"`` (particles of a short SMC pass: mode weights are right from the
             start), ``"prior"``, or a dictionary of every latent site's values in the user's space,
             each ``(num_chains, *shape)``.
-        smc_particles: particles of that pass; at least ``num_chains`` are used.
+        smc_particles: particles of that pass; at least ``num_chains`` are used. By default 256 in at most 32
+            dimensions, where independence jumps are fitted to them, and else 128.
         seed: of all randomness; fresh if ``None``.
         batch_size: most chains evaluated at once (bounds memory).
         batching: how to batch the model (see `BatchedModel`); chosen by itself if ``None``.
@@ -66,7 +69,7 @@ class MCMC(Draws):
         num_chains: int = 64,
         *,
         init: Literal["smc", "prior"] | Mapping[str, Tensor] = "smc",
-        smc_particles: int = 256,
+        smc_particles: int | None = None,
         seed: int | None = None,
         batch_size: int | None = None,
         batching: Literal["plate", "vmap", "loop"] | None = None,
@@ -90,7 +93,9 @@ class MCMC(Draws):
         if warmup_steps is None:
             warmup_steps = WARMUP_AFTER_SMC if self.init == "smc" else WARMUP
         self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
-        self.smc_particles = check_count("smc_particles", smc_particles, 2 * ISLANDS)
+        if smc_particles is not None:
+            smc_particles = check_count("smc_particles", smc_particles, 2 * ISLANDS)
+        self.smc_particles = smc_particles
         super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
         self._checkpoint = checkpoint
 
@@ -172,7 +177,8 @@ class MCMC(Draws):
             return q, None
         if self.init == "prior":
             return possible_prior_draws(target, self.num_chains, generator), None
-        count = max(self.smc_particles, self.num_chains)
+        enough = FEW_PARTICLES if target.density.dim > MAX_DIM else PARTICLES
+        count = max(self.smc_particles or enough, self.num_chains)
         islands = ISLANDS if target.families == 1 else 2 * target.families
         smc = SMC(
             self.model,
