@@ -38,11 +38,11 @@ NOTES = {
         "wide, those of 50% by far."
     ),
     "32": (
-        "The flow's intervals of 90% cover what they say, in photographs of another kind too; those of 50% are a little "
-        "wide, the Gaussian's far too wide. In places the flow's CRPS is a fifth lower. The photographs are cat and "
-        "flower, smoother than the six that the prior is learnt from, and there the Gaussian predicts no worse: holes "
-        "of the flower's smooth green ground, a colour that training has not shown, are filled with checks in some "
-        "draws. Where little is known, this network is not to be trusted."
+        "The flow's intervals of 90% cover what they say, in photographs of another kind too; those of 50% are a "
+        "little wide, the Gaussian's far too wide. In places the flow's CRPS is a fifth lower. The photographs are cat "
+        "and flower, smoother than the six that the prior is learnt from, and there the Gaussian predicts no worse: "
+        "holes of the flower's smooth green ground, a colour that training has not shown, are filled with checks in "
+        "some draws. Where little is known, this network is not to be trusted."
     ),
 }
 PICTURES = Path(__file__).parent / "pictures"
