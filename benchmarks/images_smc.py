@@ -50,10 +50,10 @@ VERDICT = {
         "posteriors.)"
     ),
     "16": (
-        "One patch, and islands of 16 particles, are little to go by: here the two differ by a third to six tenths of a "
-        "standard deviation. Deblurred draws by noise and denoise show checks that no photograph has and SMC's draws do "
-        "not: where data say little, the reverse process meets noised images that training has not shown the network, "
-        "and goes astray."
+        "One patch, and islands of 16 particles, are little to go by: here the two differ by a third to six tenths "
+        "of a standard deviation. Deblurred draws by noise and denoise show checks that no photograph has and SMC's "
+        "draws do not, likely because the reverse process, where data say little, meets noised images that training "
+        "has not shown the network."
     ),
 }
 
