@@ -155,7 +155,8 @@ def full_and_back(setting):
 
     def model():
         x = pyro.sample("x", flow.prior())
-        x.register_hook(lambda _: watching.seen.append(cut_short())) if x.requires_grad else None
+        if x.requires_grad:
+            x.register_hook(lambda _: watching.seen.append(cut_short()))
         watching.seen.append(cut_short())
         pyro.factor("seen", -x.square().sum((-1, -2, -3)))
 

@@ -135,7 +135,7 @@ class _Processes(Pool):
         return carried.to(x.device)
 
     def totals(self, numbers: Sequence[float]) -> list[float]:
-        return self.sum(torch.tensor(numbers, dtype=torch.double, device=self._wire)).tolist()
+        return self.sum(torch.tensor(numbers, dtype=torch.double)).tolist()
 
     def rows(self, x: Tensor) -> Tensor:
         counts = torch.zeros(self.size, dtype=torch.long, device=x.device)
@@ -152,15 +152,15 @@ class _Processes(Pool):
         return carried.to(x.device)
 
     def share_bytes(self, content: bytes) -> bytes:
-        length = int(self.share(torch.tensor(len(content), device=self._wire)))
-        buffer = torch.zeros(length, dtype=torch.uint8, device=self._wire)
+        length = int(self.share(torch.tensor(len(content))))
+        buffer = torch.zeros(length, dtype=torch.uint8)
         if self.rank == 0:
             buffer.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
-        return self.share(buffer).cpu().numpy().tobytes()
+        return self.share(buffer).numpy().tobytes()
 
     def texts(self, text: str) -> list[str]:
-        content = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8).to(self._wire)
-        return self.rows(content).cpu().numpy().tobytes().decode().split("\0")[: self.size]
+        content = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
+        return self.rows(content).numpy().tobytes().decode().split("\0")[: self.size]
 
     def first_error(self, error: Exception | None) -> None:
         texts = self.texts("" if error is None else str(error))
@@ -173,16 +173,12 @@ class _Processes(Pool):
     def leave(self) -> None:
         dist.destroy_process_group()
 
-    @property
-    def _wire(self) -> torch.device:
-        """A device whose tensors can travel."""
-        return torch.device("cpu") if "gloo" in dist.get_backend_config() else self.device
-
     def _carried(self, x: Tensor) -> Tensor:
         """A copy of a tensor that can travel: from where it is, or where a backend meets it."""
         backend = dist.get_backend_config()
         travels = ("gloo" if x.device.type == "cpu" else "nccl") in backend
-        return x.to(x.device if travels else self._wire, copy=True, memory_format=torch.contiguous_format)
+        elsewhere = torch.device("cpu") if "gloo" in backend else self.device
+        return x.to(x.device if travels else elsewhere, copy=True, memory_format=torch.contiguous_format)
 
     def _gather(self, x: Tensor, lengths: list[int]) -> Tensor:
         padded = self._carried(torch.cat([x, x.new_zeros(max(lengths) - len(x), *x.shape[1:])]))

@@ -59,15 +59,15 @@ def full_precision() -> Iterator[None]:
     Also a decorator. Matrix products are in full precision by torch's default, which is the user's to change.
     """
     cudnn: Any = torch.backends.cudnn
-    before: list[tuple[Any, str, Any]] = []
+    settings: list[tuple[Any, str, Any, Any]] = []  # each with its full value and that before
     with suppress(RuntimeError):  # it was set by the attribute that newer versions of torch have; the two do not mix
-        before.append((cudnn, "allow_tf32", cudnn.allow_tf32))
+        settings.append((cudnn, "allow_tf32", False, cudnn.allow_tf32))
     if hasattr(cudnn, "conv"):  # the first changes the second, which has the last word
-        before.append((cudnn.conv, "fp32_precision", cudnn.conv.fp32_precision))
-    for owner, name, _ in before:
-        setattr(owner, name, False if name == "allow_tf32" else "ieee")
+        settings.append((cudnn.conv, "fp32_precision", "ieee", cudnn.conv.fp32_precision))
+    for owner, name, full, _ in settings:
+        setattr(owner, name, full)
     try:
         yield
     finally:
-        for owner, name, value in before:
-            setattr(owner, name, value)
+        for owner, name, _, before in settings:
+            setattr(owner, name, before)

@@ -36,7 +36,9 @@ class Recordings:
     def __len__(self) -> int:
         return len(self._kept)
 
-    def play(self, solve: Solve, y: Tensor, state: tuple[Any, ...], grid: Any, held: Sequence[Any]) -> Tensor:
+    def play(
+        self, solve: Solve, y: Tensor, state: tuple[Any, ...], grid: Any, reads: Callable[[], Sequence[Any]]
+    ) -> Tensor:
         """``solve(y)``, recorded at its third call with as many rows, and then played back.
 
         Args:
@@ -44,7 +46,7 @@ class Recordings:
             y: states ``(n, D)``.
             state: what the map depends on besides its argument and its grid.
             grid: its grid.
-            held: all else that it reads; kept alive for as long as it may be played.
+            reads: all else that it reads, asked when it is recorded; kept alive for as long as it may be played.
 
         Raises:
             RuntimeError: if the map cannot be recorded.
@@ -64,7 +66,7 @@ class Recordings:
                 return solve(y)
             if len(self._kept) == MOST:
                 del self._kept[next(iter(self._kept))]
-            recording = _Recording(solve, y, gradient, held)
+            recording = _Recording(solve, y, gradient, reads())
         self._kept[key] = recording  # the last to go
         played: Tensor = _Play.apply(y, recording) if gradient else recording.forward(y)
         return played.clone()  # the next batch overwrites what was played

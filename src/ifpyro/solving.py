@@ -24,8 +24,13 @@ def solve_to_data(flow: "InflationaryFlow", y: Tensor, with_log_det: bool) -> tu
     """The map ``T`` of latents ``(n, D)``, and its ``log|det dT|``, ``(n,)``, zero if it is not wanted."""
     if not with_log_det and _is_recorded(flow, y):
         grid, *state = flow.map_state()
-        held = (flow.solver(y), *flow.basis.buffers(), *weights_of(flow.velocity))
-        played = flow.recordings.play(lambda rows: _solve_to_data(flow, rows, False)[0], y, tuple(state), grid, held)
+        played = flow.recordings.play(
+            lambda rows: _solve_to_data(flow, rows, False)[0],
+            y,
+            tuple(state),
+            grid,
+            lambda: (flow.solver(y), *flow.basis.buffers(), *weights_of(flow.velocity)),
+        )
         return played, y.new_zeros(len(y))
     return _solve_to_data(flow, y, with_log_det)
 
@@ -38,7 +43,7 @@ def _is_recorded(flow: "InflationaryFlow", y: Tensor) -> bool:
         return False
     if flow.velocity.training or (flow.gradient_checkpointing and y.requires_grad):
         return False
-    return not any(w.requires_grad or is_wrapped(w) for w in weights_of(flow.velocity))
+    return not any(w.requires_grad for w in weights_of(flow.velocity))
 
 
 @full_precision()

@@ -26,6 +26,8 @@ ISLANDS = 4
 """Islands of the SMC pass that finds starting points."""
 
 PARTICLES, FEW_PARTICLES = 256, 128
+"""Particles of it, and beyond `MAX_DIM` dimensions, where no jumps are fitted to them."""
+
 WARMUP, WARMUP_AFTER_SMC = 300, 50
 """Transitions of a warm-up; particles hand over step, length, metric and guide."""
 
