@@ -13,17 +13,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-import accelerator_images
 import ifpyro
+from accelerator_images import CASES as POSTERIORS
+from accelerator_images import smc
 from ifpyro.precision import full_precision
 from images_flows import train
+from images_numerics import CASES, memory_table, work
 from results import CACHE, machine, show, write_section
-from throughput import bare_passes, random_flow
+from throughput import bare_passes, gradient_of, interleaved, random_flow, without_graph
 
 RESULTS = CACHE.parent / "accelerator.md"
 HEADER = """# On an accelerator
@@ -38,7 +40,7 @@ TABLE = (
     "|---|---|---|---|---|---|---|---|---|---|---|",
 )
 STEPS = 8
-WARM = 3  # rounds
+WARM = 3  # rounds; decodes are recorded in the third
 SIZES = ((2, 64), (2, 65_536), (64, 64), (64, 4096), (64, 65_536), (784, 4096), (3072, 1024))
 
 
@@ -46,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=f"all by default: {', '.join(SECTIONS)}")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--cases", nargs="*", default=list(accelerator_images.CASES), help="of smc")
+    parser.add_argument("--cases", nargs="*", default=list(POSTERIORS), choices=list(POSTERIORS), help="of smc")
     parser.add_argument("--out", type=Path, default=CACHE)
     options = parser.parse_args()
     write_section(RESULTS, "header", [HEADER, _machine(options.device)])
@@ -93,19 +95,19 @@ def images(options: argparse.Namespace) -> Iterator[str]:
 
 def line(flow: ifpyro.InflationaryFlow, what: str, rows: int) -> str:
     """One line of the table."""
-    z = _latents(flow, rows)
+    generator = torch.Generator(flow.device).manual_seed(0)
+    z = torch.randn(rows, flow.latent_dim, device=flow.device, generator=generator)
     alone, recorded = full_precision()(bare_passes(flow)), copy.deepcopy(flow)
     recorded.cuda_graphs = True
-    ms = times(
-        {
-            "decode": _value(flow.decode, z),
-            "limit": _value(alone, z),
-            "recorded": _value(recorded.decode, z),
-            "gradient": _gradient(flow.decode, z),
-            "both": _gradient(alone, z),
-            "recorded gradient": _gradient(recorded.decode, z),
-        }
-    )
+    jobs: dict[str, Callable[[], object]] = {
+        "decode": without_graph(flow.decode, z),
+        "limit": without_graph(alone, z),
+        "recorded": without_graph(recorded.decode, z),
+        "gradient": lambda: gradient_of(flow.decode, z),
+        "both": lambda: gradient_of(alone, z),
+        "recorded gradient": lambda: gradient_of(recorded.decode, z),
+    }
+    ms = {name: 1000 * statistics.median(seconds) for name, seconds in interleaved(jobs, 7, now, WARM).items()}
     cells = [f"{ms[name]:.2f}" for name in ("decode", "gradient")]
     cells += [f"{ms['decode'] / ms['limit']:.2f}", f"{ms['gradient'] / ms['both']:.2f}"]
     cells += [f"{ms[name]:.2f}" for name in ("recorded", "recorded gradient")]
@@ -114,45 +116,11 @@ def line(flow: ifpyro.InflationaryFlow, what: str, rows: int) -> str:
     return f"| {what} | {rows:,} | {' | '.join(cells)} |"
 
 
-def _latents(flow: ifpyro.InflationaryFlow, rows: int) -> Tensor:
-    generator = torch.Generator(flow.device).manual_seed(0)
-    return torch.randn(rows, flow.latent_dim, device=flow.device, generator=generator)
-
-
-def _gradient(function: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], None]:
-    def work() -> None:
-        leaf = z.clone().requires_grad_(True)
-        torch.autograd.grad(function(leaf).sum(), leaf)
-
-    return work
-
-
-def _value(function: Callable[[Tensor], Tensor], z: Tensor) -> Callable[[], None]:
-    def work() -> None:
-        with torch.no_grad():
-            function(z)
-
-    return work
-
-
-def times(jobs: dict[str, Callable[[], None]], repeats: int = 7) -> dict[str, float]:
-    """Medians in milliseconds, of jobs in turn; the first rounds warm up, and record."""
-    found: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat in range(repeats + WARM):
-        for name, job in jobs.items():
-            wait()
-            start = time.perf_counter()
-            job()
-            wait()
-            if repeat >= WARM:
-                found[name].append(1000 * (time.perf_counter() - start))
-    return {name: statistics.median(values) for name, values in found.items()}
-
-
-def wait() -> None:
-    """For the device."""
+def now() -> float:
+    """Seconds on the wall, once the device has done what it was asked."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------
@@ -168,40 +136,21 @@ def memory(options: argparse.Namespace) -> Iterator[str]:
         "allocator counts, to the byte, over what is there before. The log-posterior is that of a noisy image."
     )
     yield ""
-    yield "| what | MiB | over one pass and gradient of the network | over one pass, nothing kept |"
-    yield "|---|---|---|---|"
-    z = torch.zeros(rows, flow.latent_dim, device=options.device)
-    embedding = flow.solver(z).to_data[0].embedding[0]
-
-    def posterior(function: Callable[[Tensor], Tensor]) -> None:
-        leaf = z.clone().requires_grad_(True)
-        x = function(leaf)
-        torch.autograd.grad(0.5 * (leaf.square().sum() + x.square().sum()), leaf)
-
-    def network(y: Tensor) -> Tensor:
-        return flow.velocity(y, embedding)
-
-    found = {
-        "one pass of the network, nothing kept": peak(_value(network, z)),
-        "one pass of the network and its gradient": peak(lambda: posterior(network)),
-        "one decode, nothing kept": peak(_value(flow.decode, z)),
-        "gradient of the log-posterior, all activations kept": peak(lambda: posterior(flow.decode)),
-    }
-    flow.gradient_checkpointing = True
-    found["the same with `gradient_checkpointing`"] = peak(lambda: posterior(flow.decode))
-    nothing, both = list(found.values())[:2]
-    for what, size in found.items():
-        yield f"| {what} | {size / 2**20:.1f} | {size / both:.2f} | {size / nothing:.2f} |"
+    found = {}
+    for case in CASES:
+        flow.gradient_checkpointing = case == "checkpointed"
+        found[case] = peak(partial(work, flow, case, rows)) / 2**20
+    yield from memory_table(found)
 
 
-def peak(work: Callable[[], None]) -> int:
+def peak(job: Callable[[], None]) -> int:
     """Bytes by which the peak grows, once everything is warm."""
-    work()
-    wait()
+    job()
+    now()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    work()
-    wait()
+    job()
+    now()
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -209,7 +158,7 @@ SECTIONS: dict[str, Callable[[argparse.Namespace], Iterator[str]]] = {
     "passes": passes,
     "images": images,
     "memory": memory,
-    "smc": accelerator_images.smc,
+    "smc": smc,
 }
 
 if __name__ == "__main__":

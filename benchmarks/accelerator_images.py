@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 
 import ifpyro
-from ifpyro.infer.diagnostics import convergence
 from ifpyro.infer.many import ManyDataSets
-from ifpyro.numerics import doubling_error
 from images_flows import KINDS, train
 from images_posterior import NOISE, Task, observed, save_picture, show_patches, tasks
-from images_smc import DRAWS, PART, PATCHES, agreement, first_patch, model, score
+from images_smc import DRAWS, PART, PATCHES, agreement, between_islands, first_patch, map_error, model, score
 
 CASES = {"16:in-painting": 8, "16:deblurring": 8, "32:in-painting": 2}
 """Size and task, and the first so many patches."""
@@ -64,8 +62,7 @@ def smc(options: argparse.Namespace) -> Iterator[str]:
         x, y = (rows[: CASES[case]] for rows in observed(size, task, PART, PATCHES))
         found = kept(case, task, y, options)
         ours, theirs = found.draws[..., task.scored], found.reverse[..., task.scored]
-        rhat = np.median([np.median(convergence({"x": draws})["x"]["r_hat"]) for draws in ours])
-        spread = float(found.log_evidence.std(1).median())
+        rhat, spread = between_islands(ours, found.log_evidence)
         what = f"| {KINDS[size].size} | {name} | {len(y)} | {found.error:.2f}"
         truth = x[:, task.scored]
         yield (
@@ -114,15 +111,13 @@ def sample(case: str, task: Task, y: Tensor, device: str) -> Found:
     reverse = ifpyro.linear_posterior(
         flow, operator, y, NOISE, draws=DRAWS, ratio=RATIO, seed=1, batch_size=count * DRAWS, progress=False
     ).flatten(2)
-    z = torch.randn(64, flow.latent_dim, generator=torch.Generator().manual_seed(0)).to(device)
-    with torch.no_grad():
-        error = doubling_error(flow, z, flow.grid)
+    reverse_seconds = time.perf_counter() - start
     return Found(
         draws.unflatten(0, (count, ISLANDS)),
         run.island_log_evidence.reshape(count, ISLANDS),
         len(run.stages),
         seconds,
         reverse,
-        time.perf_counter() - start,
-        error,
+        reverse_seconds,
+        map_error(flow),
     )

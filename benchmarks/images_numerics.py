@@ -88,9 +88,13 @@ def cost(quick: bool) -> Iterator[str]:
         "The log-posterior is that of a noisy image."
     )
     yield ""
+    yield from memory_table({case: _peak(name, case, rows) for case in CASES})
+
+
+def memory_table(found: dict[str, float]) -> Iterator[str]:
+    """MiB of every case beside those of one pass of the network."""
     yield "| what | MiB | over one pass and gradient of the network | over one pass, nothing kept |"
     yield "|---|---|---|---|"
-    found = {case: _peak(name, case, rows) for case in CASES}
     for case, what in CASES.items():
         ratios = [f"{found[case] / found[other]:.2f}" for other in ("network gradient", "network pass")]
         yield f"| {what} | {found[case]:.1f} | {' | '.join(ratios)} |"
@@ -134,16 +138,18 @@ def _measure(name: str, case: str, rows: int) -> float:
     flow = train(name)
     flow.grid = replace(flow.grid, steps=4)
     flow.gradient_checkpointing = case == "checkpointed"
-    work = partial(_work, flow, case)
-    work(1)
+    job = partial(work, flow, case)
+    job(1)
     Path("/proc/self/clear_refs").write_text("5")  # the peak so far, of loading, is forgotten
     before = _status("VmRSS")
-    work(rows)
+    job(rows)
     return (_status("VmHWM") - before) / 1024
 
 
-def _work(flow: ifpyro.InflationaryFlow, case: str, rows: int) -> None:
-    z = torch.zeros(rows, flow.latent_dim).requires_grad_("gradient" in case or case == "checkpointed")
+def work(flow: ifpyro.InflationaryFlow, case: str, rows: int) -> None:
+    """What a case of the memory table is about, once."""
+    z = torch.zeros(rows, flow.latent_dim, device=flow.device)
+    z.requires_grad_("gradient" in case or case == "checkpointed")
     embedding = flow.solver(z.detach()).to_data[0].embedding[0]
     if case == "network pass":
         with torch.no_grad():

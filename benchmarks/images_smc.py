@@ -36,7 +36,6 @@ RATIOS = (0.75, 0.9)
 PART = "places"
 PATCHES = 12
 COUNT = {"8-colour": 7, "16": 1}  # the first so many of them
-TASKS = {"8-colour": 2, "16": 2}  # the first so many
 GRIDS: dict[str, dict[str, Any]] = {
     "16": {"steps": 6, "method": "midpoint"}
 }  # of the solver; by default those that training chose
@@ -71,19 +70,16 @@ def smc(name: str, quick: bool) -> Iterator[str]:
     """Means, standard deviations and coverage of the two."""
     name, count = ("8-colour", 2) if quick else (name, COUNT[name])
     flow, kind = trained_flow(name, 2.0 if quick else None), KINDS[name]
-    z = torch.randn(64, flow.latent_dim, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        error = doubling_error(flow, z, flow.grid)
     yield f"### Two ways to one posterior: SMC and `linear_posterior`, {kind.size} x {kind.size}"
     yield ""
     yield (
         f"The same observations of {kind.size} x {kind.size} colour patches (D = {flow.latent_dim}), held-out places, "
         f"{count} {'patches' if count > 1 else 'patch'}. SMC: {PARTICLES[name]} particles in {ISLANDS} islands, "
         f"tempered from the prior in the latent, through the map of {flow.grid.evaluations} evaluations (error "
-        f"{error:.2f} standard deviations). `linear_posterior`: {DRAWS} draws a patch, at two ratios of neighbouring "
-        f"noise levels (its default is {RATIOS[0]}). Over patches and scored pixels: root mean square of the "
-        "difference of the two means, in posterior standard deviations, and what Monte Carlo error alone would give "
-        "(from the spread of the islands and the number of draws); geometric mean of the ratio of standard "
+        f"{map_error(flow):.2f} standard deviations). `linear_posterior`: {DRAWS} draws a patch, at two ratios of "
+        f"neighbouring noise levels (its default is {RATIOS[0]}). Over patches and scored pixels: root mean square of "
+        "the difference of the two means, in posterior standard deviations, and what Monte Carlo error alone would "
+        "give (from the spread of the islands and the number of draws); geometric mean of the ratio of standard "
         "deviations; coverage of nominal 90% in percent, CRPS; ± standard error over patches. Medians over patches of "
         "R-hat between islands and of the standard deviation of their log evidences; mean processor seconds a patch."
     )
@@ -91,13 +87,12 @@ def smc(name: str, quick: bool) -> Iterator[str]:
     yield "| task | ratio | means differ by | chance alone | sd over SMC's | R-hat | log evidence's sd | temperatures |"
     yield "|---|---|---|---|---|---|---|---|"
     scores, restarts, shown = [], "", {}
-    for task in tasks(kind.size)[: TASKS[name]]:
+    for task in tasks(kind.size):
         x, y = (rows[:count] for rows in observed(name, task, PART, PATCHES))
         whole, x = x, x[:, task.scored]
         by_smc = [particles(flow, name, task, y[i], i, quick) for i in range(count)]
         ours = torch.stack([found.draws for found in by_smc])[..., task.scored]
-        spread = float(torch.stack([found.log_evidence for found in by_smc]).std(1).median())
-        rhat = np.median([np.median(convergence({"x": draws})["x"]["r_hat"]) for draws in ours])
+        rhat, spread = between_islands(ours, torch.stack([found.log_evidence for found in by_smc]))
         temperatures, took = (np.mean([getattr(found, k) for found in by_smc]) for k in ("temperatures", "seconds"))
         scores.append(f"| {task.name} | SMC | {score(x, ours.flatten(1, 2))} | {took:.0f} |")
         for ratio in RATIOS:
@@ -133,6 +128,24 @@ def trained_flow(name: str, seconds: float | None = None) -> ifpyro.Inflationary
     flow = train(name, seconds)
     flow.grid = replace(flow.grid, **GRIDS.get(name, {}))
     return flow
+
+
+def map_error(flow: ifpyro.InflationaryFlow) -> float:
+    """Of a decode, in standard deviations."""
+    z = torch.randn(64, flow.latent_dim, generator=torch.Generator().manual_seed(0)).to(flow.device)
+    with torch.no_grad():
+        return doubling_error(flow, z, flow.grid)
+
+
+def between_islands(draws: Tensor, log_evidence: Tensor) -> tuple[float, float]:
+    """Medians over patches of R-hat and of the standard deviation of log evidences.
+
+    Args:
+        draws: ``(patches, islands, draws, d)``.
+        log_evidence: ``(patches, islands)``.
+    """
+    rhat = np.median([np.median(convergence({"x": patch})["x"]["r_hat"]) for patch in draws])
+    return float(rhat), float(log_evidence.std(1).median())
 
 
 def restarted(

@@ -115,10 +115,10 @@ def measure(dim: int, rows: int, steps: int, repeats: int) -> Cost:
     with torch.no_grad():
         x = flow.decode(z)
     jobs: dict[str, Callable[[], object]] = {
-        "decode": _without_graph(flow.decode, z),
-        "forward": _without_graph(passes, z),
+        "decode": without_graph(flow.decode, z),
+        "forward": without_graph(passes, z),
         "gradient": lambda: _gradient(flow, z),
-        "both": lambda: _gradient_of(passes, z),
+        "both": lambda: gradient_of(passes, z),
         "encode": lambda: flow.encode(x),
     }
     if dim <= LOG_DENSITY_UP_TO:
@@ -178,9 +178,9 @@ def compiled_over_eager(
     if not difference < 1e-4:
         raise RuntimeError(f"compiled and eager decodes differ by {difference}")
     decode = {
-        "eager": _without_graph(flow.decode, z),
-        "compiled": _without_graph(compiled.decode, z),
-        "forward": _without_graph(bare_passes(flow), z),
+        "eager": without_graph(flow.decode, z),
+        "compiled": without_graph(compiled.decode, z),
+        "forward": without_graph(bare_passes(flow), z),
     }
     gradient = {"eager": lambda: _gradient(flow, z), "compiled": lambda: _gradient(compiled, z)}
     seconds = interleaved(decode, 9)
@@ -225,9 +225,9 @@ def cnf(quick: bool) -> Iterator[str]:
         with torch.no_grad():
             error = float((decode(encode(rows)) - rows).square().mean().sqrt())
         jobs = {
-            "decode": _without_graph(decode, z),
-            "gradient": lambda decode=decode: _gradient_of(decode, z),
-            "log_prob": _without_graph(log_prob, rows),
+            "decode": without_graph(decode, z),
+            "gradient": lambda decode=decode: gradient_of(decode, z),
+            "log_prob": without_graph(log_prob, rows),
         }
         ms = {name: 1000 * statistics.median(t) for name, t in interleaved(jobs, 5).items()}
         yield f"| {label} | {gap:.4f} | {error:.1e} | " + " | ".join(f"{v:.1f}" for v in ms.values()) + " |"
@@ -239,15 +239,20 @@ PARTS: dict[str, Callable[[bool], Iterator[str]]] = {"limits": limits, "options"
 # -- timing ------------------------------------------------------------------------------------------------------------
 
 
-def interleaved(jobs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Processor seconds of every job, one after another in every round; the first round warms up."""
+def interleaved(
+    jobs: dict[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.process_time,
+    warm: int = 1,
+) -> dict[str, list[float]]:
+    """Processor seconds of every job, one after another in every round; the first ``warm`` rounds are not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in jobs}
-    for repeat in range(repeats + 1):
+    for repeat in range(repeats + warm):
         for name, job in jobs.items():
-            start = time.process_time()
+            start = clock()
             job()
-            if repeat:
-                seconds[name].append(time.process_time() - start)
+            if repeat >= warm:
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -255,7 +260,7 @@ def _ratio(seconds: dict[str, list[float]], a: str, b: str) -> float:
     return statistics.median(x / y for x, y in zip(seconds[a], seconds[b], strict=True))
 
 
-def _without_graph(function: Callable[[Tensor], Tensor], value: Tensor) -> Callable[[], None]:
+def without_graph(function: Callable[[Tensor], Tensor], value: Tensor) -> Callable[[], None]:
     def work() -> None:
         with torch.no_grad():
             function(value)
@@ -264,10 +269,10 @@ def _without_graph(function: Callable[[Tensor], Tensor], value: Tensor) -> Calla
 
 
 def _gradient(flow: ifpyro.InflationaryFlow, z: Tensor) -> None:
-    _gradient_of(flow.decode, z)
+    gradient_of(flow.decode, z)
 
 
-def _gradient_of(function: Callable[[Tensor], Tensor], z: Tensor) -> None:
+def gradient_of(function: Callable[[Tensor], Tensor], z: Tensor) -> None:
     leaf = z.clone().requires_grad_(True)
     torch.autograd.grad(function(leaf).sum(), leaf)
 
