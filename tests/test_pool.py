@@ -129,6 +129,13 @@ def test_tensors_travel_where_a_backend_meets_them(monkeypatch):
         assert carried.data_ptr() != x.data_ptr()
 
 
+def test_backends_that_torch_does_not_know():
+    for wrong in ("glo", "cpu:gloo,cuda:ncl", ""):
+        with pytest.raises(ValueError, match=r"backend expects names among .*gloo.*, got"):
+            Pool.join(backend=wrong)
+    assert Pool.join(backend="cpu:gloo,cuda:nccl").size == 1
+
+
 def test_processes_that_share_a_gpu_meet_on_the_processor(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)

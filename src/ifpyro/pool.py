@@ -55,7 +55,10 @@ class Pool:
 
         Raises:
             PoolError: if the processes do not find one another.
+            ValueError: on a backend that torch does not know.
         """
+        if backend is not None:
+            _check_backend(backend)
         if dist.is_available() and dist.is_initialized():
             return _Processes()
         if int(os.environ.get("WORLD_SIZE", "1")) < 2:
@@ -196,6 +199,14 @@ class _Processes(Pool):
                 f"process {self.rank} of {self.size} lost touch with the others: one of them has died or failed; its "
                 f"own output says why ({reason})"
             ) from error
+
+
+def _check_backend(backend: str) -> None:
+    known = sorted(dist.Backend.backend_list) if dist.is_available() else []
+    if not all(part.split(":")[-1] in known for part in backend.split(",")):
+        raise ValueError(
+            f"backend expects names among {known}, alone or one a device as in 'cpu:gloo,cuda:nccl', got {backend!r}"
+        )
 
 
 def _backend() -> str | None:
