@@ -21,7 +21,7 @@ import torch
 import ifpyro
 from accelerator_images import CASES as POSTERIORS
 from accelerator_images import smc
-from ifpyro.precision import full_precision
+from ifpyro.core.precision import full_precision
 from images_flows import train
 from images_numerics import CASES, memory_table, work
 from results import CACHE, machine, show, write_section

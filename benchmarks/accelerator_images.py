@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ifpyro
-from ifpyro.infer.many import ManyDataSets
+from ifpyro.infer.model.many import ManyDataSets
 from images_flows import KINDS, train
 from images_posterior import NOISE, Task, observed, save_picture, show_patches, tasks
 from images_smc import DRAWS, PART, PATCHES, agreement, between_islands, first_patch, map_error, model, score

@@ -28,8 +28,9 @@ from torch import Tensor
 
 import ifpyro
 from calibration_common import write_rows
-from ifpyro.calibration import SBC, ManyHMC, ManySMC, sbc
-from ifpyro.infer.many import ManyDataSets
+from ifpyro.calibration import SBC, ManyHMC, ManySMC
+from ifpyro.calibration.simulated import sbc
+from ifpyro.infer.model.many import ManyDataSets
 from results import CACHE
 
 ENGINES = ["SMC", "HMC", "SVI"]

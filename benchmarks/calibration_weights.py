@@ -27,7 +27,7 @@ import ifpyro
 from calibration_common import write_rows
 from ifpyro.calibration import Coverage, ManyHMC, ManySMC, coverage
 from ifpyro.calibration.ranks import uniform_ranks
-from ifpyro.infer.many import ManyDataSets
+from ifpyro.infer.model.many import ManyDataSets
 from paper_flows import Key, flow_of
 
 WEIGHTS = torch.tensor([0.5, 0.25, 0.25])

@@ -24,7 +24,7 @@ from torch.distributions import constraints
 from tqdm.auto import tqdm
 
 import ifpyro
-from ifpyro.basis import Basis
+from ifpyro.flow.axes.basis import Basis
 from results import RESULTS, machine, show, write_section
 
 NOISE = 0.05

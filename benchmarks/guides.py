@@ -2,10 +2,10 @@
 
     python benchmarks/guides.py [--only moons scurve digits]
 
-The samplers follow a cheap map's density and let the exact one accept (see ifpyro.infer.target). On 256 draws of the
-three posteriors of posterior.py (from the references of peers_reference.py), this prints the acceptance between two of
-them, were the guide followed perfectly: the mean, and what all but a twentieth of the draws reach. Grids are those of
-the flow, ``t = u^p`` with its own ``p``. Chains ask for 0.85 and 0.50, SMC's particles for 0.70 and 0.20.
+The samplers follow a cheap map's density and let the exact one accept (see ifpyro.infer.engines.guided_density). On 256
+draws of the three posteriors of posterior.py (from the references of peers_reference.py), this prints the acceptance
+between two of them, were the guide followed perfectly: the mean, and what all but a twentieth of the draws reach. Grids
+are those of the flow, ``t = u^p`` with its own ``p``. Chains ask for 0.85 and 0.50, SMC's particles for 0.70 and 0.20.
 """
 
 import argparse
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 import posterior
-from ifpyro.infer.target import CLOSE, LOOSE
-from ifpyro.ode import TABLEAUX, Grid
+from ifpyro.flow.solver.steps import TABLEAUX, Grid
+from ifpyro.infer.engines.guided_density import CLOSE, LOOSE
 from peers_reference import reference
 from results import RESULTS, machine, write_section
 

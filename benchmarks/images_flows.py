@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ifpyro
-from ifpyro.images import unet
+from ifpyro.flow.networks.images import unet
 from ifpyro.training.recipe import Recipe
 from images_data import patches
 from results import CACHE

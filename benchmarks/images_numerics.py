@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import ifpyro
-from ifpyro.numerics import STEPS, doubling_error, knots_for, round_trip
+from ifpyro.flow.tuning import STEPS, doubling_error, knots_for, round_trip
 from images_flows import data, train
 
 SIZES = {2: "pair", 16: "4-grey", 64: "8-grey", 192: "8-colour", 768: "16", 3072: "32"}

@@ -24,8 +24,8 @@ from torch import Tensor
 
 import ifpyro
 from ifpyro.calibration import coverage
-from ifpyro.infer.diagnostics import convergence
-from ifpyro.numerics import doubling_error
+from ifpyro.flow.tuning import doubling_error
+from ifpyro.infer.results.diagnostics import convergence
 from images_flows import KINDS, train
 from images_posterior import NOISE, Task, as_seen, observed, sample_crps, save_picture, show_patches, tasks
 from results import CACHE

@@ -17,7 +17,7 @@ from sklearn.datasets import load_breast_cancer, make_circles, make_moons, make_
 from torch import Tensor
 
 import ifpyro
-from ifpyro.numerics import measure
+from ifpyro.flow.tuning import measure
 from results import RESULTS, machine, write_section
 
 

@@ -9,10 +9,10 @@ from sklearn.manifold import TSNE, Isomap, LocallyLinearEmbedding, trustworthine
 from torch import Tensor
 
 import ifpyro
-from ifpyro import datasets
-from ifpyro.ode import Grid
-from ifpyro.residuals import Residuals, accumulated, mixture_velocity, network_residuals, path_errors
-from ifpyro.velocity import Velocity
+from ifpyro.checks.residuals import Residuals, accumulated, mixture_velocity, network_residuals, path_errors
+from ifpyro.data import datasets
+from ifpyro.flow.networks.velocity import Velocity
+from ifpyro.flow.solver.steps import Grid
 from paper_flows import Key, data, flow_of
 from paper_toy import SCHEDULES as TOY_SCHEDULES
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import ifpyro
-from ifpyro import Schedule, datasets, demo
+from ifpyro import Schedule
+from ifpyro.cli import demo
+from ifpyro.data import datasets
 from results import CACHE
 
 TRAIN_SEED, TEST_SEED = 1, 2
@@ -58,7 +60,7 @@ class Key(NamedTuple):
 def data(name: str, seed: int = 0) -> Data:
     """A toy set of the paper, digits, or a table.
 
-    Digits are dequantised as in ``ifpyro.demo``, four fifths to train on: the 53 pixels whose standard deviation
+    Digits are dequantised as in ``ifpyro.cli.demo``, four fifths to train on: the 53 pixels whose standard deviation
     exceeds 0.03 as they are, or all 64 as images whose flow works on logits. Tables are split 60/20/20.
     """
     if name in datasets.paper():

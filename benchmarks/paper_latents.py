@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ifpyro.basis import Basis
-from ifpyro.numerics import measure
-from ifpyro.reconstruction import lost
+from ifpyro.flow.axes.basis import Basis
+from ifpyro.flow.reconstruction import lost
+from ifpyro.flow.tuning import measure
 from paper_common import NUMBERS_OF_LATENTS, energy_distance, log_prob, mean_and_error, ratio_and_error
 from paper_flows import Key, data, flow_of, kept
 

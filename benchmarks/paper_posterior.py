@@ -10,8 +10,8 @@ import pyro.distributions as dist
 import torch
 
 import ifpyro
-from ifpyro import demo
-from ifpyro.reconstruction import Decoder
+from ifpyro.cli import demo
+from ifpyro.flow.reconstruction import Decoder
 from paper_flows import Key, data, flow_of
 
 LATENTS = (4, 16)

@@ -8,8 +8,8 @@ from scipy import stats
 from torch import Tensor
 
 import ifpyro
-from ifpyro import datasets
-from ifpyro.numerics import measure
+from ifpyro.data import datasets
+from ifpyro.flow.tuning import measure
 from paper_common import energy_distance, log_prob, mean_and_error
 from paper_flows import HELD_OUT, ROWS, Key, data, flow_of
 

@@ -34,7 +34,7 @@ from torch.distributions import constraints
 
 import ifpyro
 from density import TABLES, split
-from ifpyro.basis import Basis
+from ifpyro.flow.axes.basis import Basis
 from results import CACHE, RESULTS, machine, write_section
 
 TOYS = ("moons", "circles", "sine", "S-curve", "swirl")

@@ -21,8 +21,8 @@ from jax.scipy.special import logsumexp
 from numpyro.infer import MCMC, NUTS
 
 import ifpyro
-from ifpyro.fidelity import Level, at
-from ifpyro.velocity import MLP
+from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.solver.fidelity import Level, at
 
 CHAINS = 64
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 import ifpyro
 import posterior
-from ifpyro.infer.batch import BatchedModel
-from ifpyro.infer.diagnostics import convergence
-from ifpyro.infer.independence import IndependenceProposal
-from ifpyro.infer.target import Target
+from ifpyro.infer.engines.guided_density import Target
+from ifpyro.infer.engines.jumps import IndependenceProposal
+from ifpyro.infer.model.batched import BatchedModel
+from ifpyro.infer.results.diagnostics import convergence
 from results import CACHE
 
 LEVELS = torch.linspace(0.05, 0.95, 19, dtype=torch.double)

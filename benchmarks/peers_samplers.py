@@ -15,7 +15,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 
 import ifpyro
-import ifpyro.arviz  # its first import is no part of sampling
+import ifpyro.infer.results.arviz  # its first import is no part of sampling
 from peers_nsf import DATA, LATENT, NSFPosterior
 from peers_reference import OBSERVED
 from posterior import Problem

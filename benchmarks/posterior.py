@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import ifpyro
-from ifpyro import demo
-from ifpyro.infer.batch import BatchedModel
-from ifpyro.infer.density import log_density_and_grad
-from ifpyro.infer.diagnostics import convergence
+from ifpyro.cli import demo
+from ifpyro.infer.model.batched import BatchedModel
+from ifpyro.infer.model.density import log_density_and_grad
+from ifpyro.infer.results.diagnostics import convergence
 from results import CACHE, machine, show, write_section
 
 HERE = Path(__file__).parent

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import ifpyro
-from ifpyro.basis import Basis
-from ifpyro.images import unet
-from ifpyro.ode import Grid
+from ifpyro.flow.axes.basis import Basis
+from ifpyro.flow.networks.images import unet
+from ifpyro.flow.solver.steps import Grid
 from results import RESULTS, machine, show, write_section
 
 

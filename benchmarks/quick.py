@@ -19,8 +19,8 @@ import pyro.distributions as dist
 import torch
 
 import ifpyro
-from ifpyro.infer.diagnostics import convergence
-from ifpyro.numerics import measure as numerical_errors
+from ifpyro.flow.tuning import measure as numerical_errors
+from ifpyro.infer.results.diagnostics import convergence
 from throughput import gradient_saving, measure
 
 COMMITTED = Path(__file__).parent / "quick.json"

@@ -4,10 +4,10 @@
 
 Trained flows of posterior.py (moons, S-curve and digits), 256 latents, root-mean-square difference from the same flow
 solved with 256 steps of dopri5, in standard deviations. Every method gets the best of four grids (``t = u^p``, p of 1,
-1.5, 2, 3); *rk4, placed* has its steps where `ifpyro.numerics.knots_for` puts them. *AB2*, *AB4*: Adams-Bashforth, one
-evaluation a step, started by Runge-Kutta steps (Hairer, Norsett & Wanner 1993, section III.1), with coefficients for
-uneven steps. *2M*: the second-order multistep exponential integrator on the prediction of the data (DPM-Solver++(2M),
-Lu et al. 2022, arXiv 2211.01095, algorithm 2), per axis.
+1.5, 2, 3); *rk4, placed* has its steps where `ifpyro.flow.tuning.knots_for` puts them. *AB2*, *AB4*: Adams-Bashforth,
+one evaluation a step, started by Runge-Kutta steps (Hairer, Norsett & Wanner 1993, section III.1), with coefficients
+for uneven steps. *2M*: the second-order multistep exponential integrator on the prediction of the data
+(DPM-Solver++(2M), Lu et al. 2022, arXiv 2211.01095, algorithm 2), per axis.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from torch import Tensor
 
 import ifpyro
 import posterior
-from ifpyro.numerics import knots_for
-from ifpyro.ode import TABLEAUX, Grid
+from ifpyro.flow.solver.steps import TABLEAUX, Grid
+from ifpyro.flow.tuning import knots_for
 from results import RESULTS, machine, write_section
 
 EVALUATIONS = (16, 24, 32, 48, 64, 96)

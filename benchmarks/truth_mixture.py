@@ -41,8 +41,8 @@ from azula.sample import DDPMSampler
 from torch import Tensor
 
 import ifpyro
-from ifpyro.numerics import choose_grid
-from ifpyro.velocity import Velocity
+from ifpyro.flow.networks.velocity import Velocity
+from ifpyro.flow.tuning import choose_grid
 from results import CACHE, RESULTS, machine, write_section
 from truth_problems import DIM, MATRICES, NOISE, Mixture, Problem, make_prior, make_problem, sample
 

@@ -12,6 +12,8 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
+from test_devices import image_flow
+from test_training import interrupt_at
 
 import ifpyro
 from denoisers_zoo import exact_denoiser
@@ -19,14 +21,12 @@ from exact_densities import GaussianMixture, assert_exact
 from flows_zoo import FLOWS, latents, mixture_flow, mlp_flow, samples
 from ifpyro import Pool
 from ifpyro.calibration import coverage, latent_coverage
-from ifpyro.cli import main
-from ifpyro.infer.many import ManyDataSets
-from ifpyro.ode import Grid
-from ifpyro.reconstruction import measure
+from ifpyro.cli.main import main
+from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.reconstruction import measure
+from ifpyro.flow.solver.steps import Grid
+from ifpyro.infer.model.many import ManyDataSets
 from ifpyro.training import Recipe
-from ifpyro.velocity import MLP
-from test_devices import image_flow
-from test_training import interrupt_at
 
 DEVICE = "cuda"
 pytestmark = [

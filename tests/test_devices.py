@@ -12,9 +12,9 @@ from torch import nn
 import ifpyro
 from flows_zoo import latents, mlp_flow
 from ifpyro import InflationaryFlow, Schedule
-from ifpyro.basis import Basis
-from ifpyro.images import ImageVelocity
-from ifpyro.ode import Grid
+from ifpyro.flow.axes.basis import Basis
+from ifpyro.flow.networks.images import ImageVelocity
+from ifpyro.flow.solver.steps import Grid
 
 
 class Convolutions(nn.Module):

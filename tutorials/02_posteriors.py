@@ -24,7 +24,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.distributions import constraints
 
 import ifpyro
-from ifpyro import demo
+from ifpyro.cli import demo
 
 logging.getLogger("arviz").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning)

@@ -24,9 +24,10 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from sklearn.manifold import trustworthiness
 
 import ifpyro
-from ifpyro import Schedule, datasets
-from ifpyro.numerics import measure
-from ifpyro.residuals import accumulated, mixture_velocity, network_residuals, path_errors
+from ifpyro import Schedule
+from ifpyro.checks.residuals import accumulated, mixture_velocity, network_residuals, path_errors
+from ifpyro.data import datasets
+from ifpyro.flow.tuning import measure
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 SMOKE = os.environ.get("IFPYRO_SMOKE") == "1"

@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 
 import ifpyro
 from ifpyro.calibration import coverage
-from ifpyro.images import unet
+from ifpyro.flow.networks.images import unet
 from ifpyro.training.recipe import Recipe
 
 SMOKE = os.environ.get("IFPYRO_SMOKE") == "1"

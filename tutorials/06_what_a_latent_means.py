@@ -17,9 +17,10 @@ import torch
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal, Normal, constraints
 
 import ifpyro
-from ifpyro import InflationaryFlow, Schedule, demo
-from ifpyro.ode import Grid
-from ifpyro.reconstruction import lost
+from ifpyro import InflationaryFlow, Schedule
+from ifpyro.cli import demo
+from ifpyro.flow.reconstruction import lost
+from ifpyro.flow.solver.steps import Grid
 
 SMOKE = os.environ.get("IFPYRO_SMOKE") == "1"
 torch.set_num_threads(1)

@@ -3,19 +3,19 @@
 import importlib
 from typing import Any
 
-from . import datasets
-from .check import check
-from .fidelity import fidelity
-from .flow import InflationaryFlow
+from .checks.checking import check
+from .checks.result import CheckResult
+from .core.pool import Pool
+from .data import datasets
+from .flow.axes.schedule import Schedule
+from .flow.distribution import FlowTransform
+from .flow.file import load_flow as load
+from .flow.flow import InflationaryFlow
+from .flow.pretrained import from_denoiser
+from .flow.solver.fidelity import fidelity
 from .infer import HMC, MCMC, SMC, EllipticalSlice, linear_posterior
-from .infer.reparam import reparam
-from .pool import Pool
-from .pretrained import from_denoiser
-from .prior import FlowTransform
-from .schedule import Schedule
-from .storage import load_flow as load
+from .infer.model.reparam import reparam
 from .training import fit
-from .verdict import CheckResult
 
 __version__ = "0.1.0"
 
@@ -44,7 +44,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "to_arviz":  # ArviZ takes seconds to import, and training and sampling do not need it
-        from .arviz import to_arviz
+        from .infer.results.arviz import to_arviz
 
         return to_arviz
     if name == "calibration":  # SciPy's statistics likewise

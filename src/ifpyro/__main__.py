@@ -1,6 +1,6 @@
 """``python -m ifpyro``: the command line, for launchers that start modules."""
 
-from .cli import main
+from .cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -4,14 +4,14 @@
 anywhere, real data included; `latent_coverage` asks whether a flow's latent holds the probability it should.
 """
 
-from ifpyro.calibration.coverage import Coverage, coverage
-from ifpyro.calibration.engines import ManyHMC, ManySMC
-from ifpyro.calibration.latent import LatentCoverage, latent_coverage
-from ifpyro.calibration.pictures import ecdf_differences
-from ifpyro.calibration.problems import Simulator
-from ifpyro.calibration.result import SBC
-from ifpyro.calibration.sbc import sbc
-from ifpyro.calibration.tarp import Tarp, tarp
+from .coverage import Coverage, coverage
+from .figures import ecdf_differences
+from .latent import LatentCoverage, latent_coverage
+from .simulated.engines import ManyHMC, ManySMC
+from .simulated.problems import Simulator
+from .simulated.result import SBC
+from .simulated.sbc import sbc
+from .tarp import Tarp, tarp
 
 __all__ = [
     "SBC",

@@ -18,7 +18,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 
-from ifpyro.calibration.arrays import Array
+from .arrays import Array
 
 MOST_POINTS = 99
 """Points at which a whole distribution function is looked at: the hundredths, or fewer for small samples."""

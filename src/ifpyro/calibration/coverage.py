@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ifpyro.calibration.arrays import Array, check_levels, check_probability, truth_and_draws
-from ifpyro.calibration.bands import band_p_value, simultaneous_band
-from ifpyro.calibration.ranks import uniform_ranks
+from .arrays import Array, check_levels, check_probability, truth_and_draws
+from .bands import band_p_value, simultaneous_band
+from .ranks import uniform_ranks
 
 LEVELS = (0.5, 0.8, 0.9, 0.95)
 

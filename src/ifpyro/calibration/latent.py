@@ -19,8 +19,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ifpyro.calibration.arrays import Array, check_levels, check_probability
-from ifpyro.calibration.bands import band_p_value, grid, simultaneous_band
+from .arrays import Array, check_levels, check_probability
+from .bands import band_p_value, grid, simultaneous_band
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99)
 

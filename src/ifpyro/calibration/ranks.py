@@ -22,8 +22,8 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-from ifpyro.calibration.arrays import Array
-from ifpyro.calibration.bands import band_p_value
+from .arrays import Array
+from .bands import band_p_value
 
 
 class Uniformity(NamedTuple):

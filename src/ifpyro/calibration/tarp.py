@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from ifpyro.calibration.arrays import Array, check_probability, to_array, truth_and_draws
-from ifpyro.calibration.bands import grid, simultaneous_band
-from ifpyro.calibration.ranks import Uniformity, combine, uniform_ranks, uniformity
+from .arrays import Array, check_probability, to_array, truth_and_draws
+from .bands import grid, simultaneous_band
+from .ranks import Uniformity, combine, uniform_ranks, uniformity
 
 SPREAD = 2.0
 """Standard deviation of the references in units of that of the truths."""

@@ -1,9 +1,9 @@
 """Posterior inference on the Gaussian latent, all chains in one batch."""
 
-from ifpyro.infer.elliptical import EllipticalSlice
-from ifpyro.infer.hmc import HMC
-from ifpyro.infer.linear import linear_posterior
-from ifpyro.infer.mcmc import MCMC
-from ifpyro.infer.smc import SMC
+from .engines.elliptical import EllipticalSlice
+from .engines.hmc import HMC
+from .engines.linear import linear_posterior
+from .engines.mcmc import MCMC
+from .engines.smc import SMC
 
 __all__ = ["HMC", "MCMC", "SMC", "EllipticalSlice", "linear_posterior"]

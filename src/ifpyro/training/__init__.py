@@ -1,6 +1,7 @@
 r"""Training a flow: regress the velocity on noised samples.
 
-With the symbols of :mod:`ifpyro.schedule`, one step draws data ``x_0``, noise ``n`` and times ``t``, and descends
+With the symbols of :mod:`ifpyro.flow.axes.schedule`, one step draws data ``x_0``, noise ``n`` and times ``t``, and
+descends
 
 .. math:: \| F(\cos\theta\,x_0/s + \sin\theta\,n,\; t) - (\sin\theta\,x_0/s - \cos\theta\,n) \|^2 ,
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..storage import read_tensors, write_tensors
-from .run import Run
+from ..flow.file import read_tensors, write_tensors
+from .loop import Run
 
 
 def save(run: Run, path: str | Path, seed: int) -> None:

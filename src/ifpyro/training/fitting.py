@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch.distributions.constraints import Constraint
 
-from .. import reconstruction
-from ..basis import Basis
-from ..flow import InflationaryFlow
-from ..numerics import choose_grid, latent_power
-from ..pool import Pool
-from ..randomness import seeded
-from ..samples import as_samples
-from ..schedule import Schedule
-from ..sources import open_source
-from ..support import support_to_dict
-from ..velocity import Velocity
+from ..core.pool import Pool
+from ..core.randomness import seeded
+from ..data.samples import as_samples
+from ..data.sources import open_source
+from ..data.support import support_to_dict
+from ..flow import reconstruction
+from ..flow.axes.basis import Basis
+from ..flow.axes.schedule import Schedule
+from ..flow.flow import InflationaryFlow
+from ..flow.networks.velocity import Velocity
+from ..flow.tuning import choose_grid, latent_power
 from . import checkpoint as checkpoints
-from .data import Data, InMemory, free_rows
+from .in_memory import Data, InMemory, free_rows
+from .loop import Run
 from .recipe import Recipe, make_network
-from .run import Run
 from .streamed import Streamed
 
 
@@ -58,7 +58,7 @@ def fit(
             axes are found in one pass. What decodes slowly is best given as a ``DataLoader`` with workers.
         schedule: ``Schedule.details_first()`` by default.
         network: options for the default network (``{"width": 256}``), or any
-            :class:`~ifpyro.velocity.Velocity`, which is copied.
+            :class:`~ifpyro.flow.networks.velocity.Velocity`, which is copied.
         validation: the fraction of rows held out for early stopping, or the held-out rows themselves. Rows of a stream
             are told apart by their content: where it changes from pass to pass (augmentation, fresh dequantisation
             noise), give held-out rows.
@@ -71,7 +71,7 @@ def fit(
         own_units: measure every column in its own standard deviation before the axes are found, as a table of unlike
             quantities wants and an image does not; by default where standard deviations differ tenfold or more.
         recipe: the optimiser's numbers; chosen from the size of the data by default.
-        tolerance: accepted error of the solver, in standard deviations of the data (see :mod:`ifpyro.numerics`).
+        tolerance: accepted error of the solver, in standard deviations of the data (see :mod:`ifpyro.flow.tuning`).
         checkpoint: a file that is written about every half minute; if it exists, training resumes from it. Several
             processes must all see it.
         pool: the processes that train together, ``Pool.join()`` under ``torchrun`` or ``accelerate launch``: all call
@@ -81,8 +81,8 @@ def fit(
         basis: the axes: ``"pca"`` (all eigenvectors of the covariance), ``"separable"`` (of images and other arrays:
             products of eigenvectors along each dimension, nearly as good and far cheaper), ``"low_rank"`` (the leading
             eigenvectors, and one scale for the rest), ``"identity"`` (the columns themselves, one scale), or a
-            :class:`~ifpyro.basis.Basis`. By default ``pca`` up to 1,024 columns; beyond, ``separable`` for events of
-            at least two dimensions, ``low_rank`` for vectors up to 16,384 columns.
+            :class:`~ifpyro.flow.axes.basis.Basis`. By default ``pca`` up to 1,024 columns; beyond, ``separable`` for
+            events of at least two dimensions, ``low_rank`` for vectors up to 16,384 columns.
 
     Returns:
         The flow, with what was measured in ``flow.report``.

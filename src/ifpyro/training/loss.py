@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..schedule import Angles
-from ..velocity import Velocity
+from ..flow.axes.schedule import Angles
+from ..flow.networks.velocity import Velocity
 
 # Noised rows in one evaluation of the validation loss: as many for each held-out row, within limits, and fewer where
 # each has many entries. A table's loss is then cheap; a large sample's differs by the networks, not by the noise.

@@ -6,7 +6,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..sources import ByIndex, Stream
+from ..data.sources import ByIndex, Stream
 
 BLOCK_BYTES = 2**28
 """Rows of a stream that are kept in memory, to draw from, until as many have been drawn."""

@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.distributions.constraints import Constraint
 from tqdm.auto import tqdm
 
-from ..basis import PCA_AT_MOST, Basis, kind_for
-from ..moments import Moments
-from ..pool import Pool
-from ..samples import check_columns, check_count, given_rows, held_out_count, refuse_not_finite
-from ..sources import ByIndex, Chunk, Stream, row_hash
-from .data import free_rows, free_shape, unlike_units
+from ..core.pool import Pool
+from ..data.moments import Moments
+from ..data.samples import check_columns, check_count, given_rows, held_out_count, refuse_not_finite
+from ..data.sources import ByIndex, Chunk, Stream, row_hash
+from ..flow.axes.basis import PCA_AT_MOST, Basis, kind_for
+from .in_memory import free_rows, free_shape, unlike_units
 from .rows import RowsByIndex, RowsOfStream
 
 MOST_HELD_OUT = 16_384

@@ -1,0 +1,1 @@
+"""Simulation-based calibration: problems that simulate themselves, engines that solve many, and the results."""

@@ -1,0 +1,429 @@
+r"""The inflationary flow: data to Gaussian latent and back, with its density.
+
+The model is the *discrete* map from latent to data,
+
+.. math:: x = b(\mu + W (s \odot v)), \qquad v = T(z), \qquad z \sim N(0, I),
+
+``T`` being the fixed-grid solve of :mod:`ifpyro.flow.solver.steps` towards the data, ``(mu, W, s)`` the data's mean,
+eigenvectors and standard deviations, and ``b`` the bijection onto a constrained support (identity without one).
+``encode`` inverts that map to rounding, and every log-determinant is the map's own.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributions import Transform
+from torch.distributions.constraints import Constraint
+
+from ..core.precision import Autocast, full_precision
+from ..data.support import bijection_of, from_free, to_free
+from . import trajectory as rescaled
+from .axes.basis import Basis
+from .axes.schedule import Angles, Schedule
+from .estimate import LogProbEstimate, estimate_log_prob, log_normal
+from .networks.mixture import mixture_parts
+from .networks.velocity import Velocity
+from .solver.compiled import compile_step, try_compiled
+from .solver.cuda_graphs import Recordings
+from .solver.discrete_map import in_parts, solve_to_data, solve_to_latent
+from .solver.fidelity import Evaluations, current_fidelity
+from .solver.solvers import SolverCache, is_wrapped, weights_of
+from .solver.steps import Grid, Solver, Step, cheap_grid, solve_adaptive, take
+from .solver.traces import EXACT_UP_TO
+
+if TYPE_CHECKING:
+    import pyro.distributions as dist
+
+    from .distribution import FlowTransform
+    from .reconstruction import Decoder
+
+
+class InflationaryFlow(nn.Module):
+    """An invertible map between data ``x`` and a latent ``z ~ N(0, I)``, with densities.
+
+    Usually made by :func:`ifpyro.fit` or :func:`ifpyro.load`. Shapes are ``(*batch, *event_shape)`` for ``x`` and
+    ``(*batch, latent_dim)`` for ``z``, everywhere.
+
+    Args:
+        basis: mean, rotation and scales of the (unconstrained, flattened) data.
+        schedule: which axis turns into noise when.
+        velocity: the network, or any :class:`~ifpyro.flow.networks.velocity.Velocity`.
+        event_shape: shape of one data point; ``(D,)`` by default.
+        support: a torch constraint that the data obey; real by default.
+        grid: the fine solver grid, the map that *is* the model.
+        coarse_steps: steps of the cheap map used under ``ifpyro.fidelity("coarse")``.
+        refinements: fixed-point iterations per step of the inverse in single precision; a flow in double precision
+            makes two more. Up to 128 axes, rows that they do not close are solved by Newton's method.
+        report: what training and checks measured (plain data).
+
+    Attributes:
+        gradient_checkpointing: False by default. If set, gradients in ``x`` and ``z`` run every solver step a second
+            time instead of remembering its activations: one state a step is kept, whatever the network. In the gradient
+            of ``decode`` every evaluation within a step runs a third time, so that activations of one are ever held.
+        exact_up_to: axes up to which log-determinants are exact, 128 by default. Beyond, they are estimated with signs
+            that are the same in every call (see :mod:`ifpyro.flow.solver.traces`).
+        cuda_graphs: False by default. If set, decodes on a GPU and their gradients in ``z`` are recorded as CUDA graphs
+            when batches of one size come for the third time, and played back: where networks are small, launching their
+            kernels takes most of the time. Up to 24 recordings keep all their activations in memory. A network must not
+            wait for the processor, and what it reads besides its arguments and weights stays as it was. For one thread
+            and one stream. Log-determinants, ``encode``, checkpointed gradients, second derivatives and calls inside
+            torch.func run as they always do.
+        autocast: None by default. A dtype such as ``torch.bfloat16`` evaluates a single-precision flow's network in it,
+            on devices where that is fast; states stay as they are. Positions and round trips are then good to about its
+            precision, times what the network moves. Without it, convolutions keep out of TF32 on NVIDIA GPUs too, in
+            samplers those of gradients as well.
+    """
+
+    def __init__(
+        self,
+        basis: Basis,
+        schedule: Schedule,
+        velocity: Velocity,
+        *,
+        event_shape: Sequence[int] | None = None,
+        support: Constraint | None = None,
+        grid: Grid | None = None,
+        coarse_steps: int = 4,
+        refinements: int = 2,
+        report: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.basis = basis
+        self.schedule = schedule
+        self.velocity = velocity
+        self.event_shape = torch.Size(event_shape if event_shape is not None else (basis.dim,))
+        self.support = support
+        self.grid = grid or Grid()
+        self.coarse_steps = coarse_steps
+        self.refinements = refinements
+        self.report = report or {}
+        schedule.check_axes(basis.principal, basis.dim)
+        self.angles: Angles = schedule.angles(basis.scale)
+        velocity.attach(basis, self.angles)
+        self.gradient_checkpointing = False
+        self.exact_up_to = EXACT_UP_TO
+        self.autocast: torch.dtype | None = None
+        self.cuda_graphs = False
+        self.recordings = Recordings()
+        self.compiled_take: Callable[[Step, Tensor], Tensor] | None = None
+        self.compiled_autocast: torch.dtype | None = None
+        self._solvers = SolverCache()
+        self.eval()
+        self.requires_grad_(False)
+
+    @classmethod
+    def from_gaussian_mixture(
+        cls,
+        weights: Tensor,
+        means: Tensor,
+        covariances: Tensor,
+        *,
+        schedule: Schedule | None = None,
+        **options: Any,
+    ) -> "InflationaryFlow":
+        """The exact flow of a Gaussian mixture: nothing is trained.
+
+        Its density is that of the smoothed mixture: at the noise floor, in standardised coordinates, component ``k``
+        has mean ``c m_k`` and covariance ``c Sigma_k c + sin(theta_0)^2`` with ``c = diag(cos theta_0)``.
+
+        Args:
+            weights: ``(K,)``, positive; normalised to sum to one.
+            means: ``(K, D)``.
+            covariances: ``(K, D, D)``, positive definite.
+            schedule: ``details_first`` by default.
+            options: as for :class:`InflationaryFlow`.
+        """
+        schedule = schedule or Schedule.details_first()
+        basis, velocity = mixture_parts(weights, means, covariances, schedule)
+        return cls(basis, schedule, velocity, **options)
+
+    # -- shapes, dtypes, devices ------------------------------------------------------------------------------------
+
+    @property
+    def latent_dim(self) -> int:
+        """Number of latent coordinates: the dimension of the unconstrained data."""
+        return self.basis.dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating point type of the flow's buffers."""
+        return self.basis.scale.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the flow lives."""
+        return self.basis.scale.device
+
+    # -- the map ----------------------------------------------------------------------------------------------------
+
+    def encode(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Latent ``z`` of data ``x``: the inverse of :meth:`decode`, to rounding.
+
+        Args:
+            x: data, ``(*batch, *event_shape)``.
+            batch_size: most rows that are solved at once, here and in what follows: it bounds memory.
+
+        Raises:
+            ValueError: on a wrong event shape.
+            TypeError: on a wrong dtype or device.
+        """
+        return self._to_latent(x, False, batch_size)[0]
+
+    def decode(self, z: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Data ``x`` of latents ``z``."""
+        return self._to_data(z, False, batch_size)[0]
+
+    def encode_and_log_det(self, x: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """``z`` and ``log|det dz/dx|`` (shape ``(*batch,)``), in one solve."""
+        return self._to_latent(x, True, batch_size)
+
+    def decode_and_log_det(self, z: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log|det dx/dz|`` (shape ``(*batch,)``), in one solve."""
+        return self._to_data(z, True, batch_size)
+
+    def log_prob(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
+        r"""Log-density ``log N(z; 0, I) + log|det dz/dx|`` in nats, shape ``(*batch,)``."""
+        z, log_det = self.encode_and_log_det(x, batch_size=batch_size)
+        return log_normal(z) + log_det
+
+    def log_prob_estimate(
+        self,
+        x: Tensor,
+        *,
+        probes: int = 24,
+        method: str = "hutchinson",
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> LogProbEstimate:
+        """Log-density of many axes with its standard error; exact, as :meth:`log_prob`, up to ``exact_up_to`` axes.
+
+        Args:
+            x: data, ``(*batch, *event_shape)``.
+            probes: products of the Jacobian at every evaluation of the velocity.
+            method: ``"hutchinson"``, or ``"hutch++"``, which pays where the Jacobian has a few dominant directions
+                (see :mod:`ifpyro.flow.solver.traces`).
+            seed: of the random vectors, which differ from row to row.
+            batch_size: most rows at once.
+
+        Returns:
+            ``value`` and ``standard_error``, each ``(*batch,)``, without gradients.
+
+        Raises:
+            ValueError: on an unknown method, or too few probes to have a spread.
+        """
+        return estimate_log_prob(self, x, probes, method, seed, batch_size)
+
+    def sample(
+        self, shape: Sequence[int] | int = (), *, seed: int | None = None, batch_size: int | None = None
+    ) -> Tensor:
+        """Draws of shape ``(*shape, *event_shape)``; ``seed`` makes them repeatable."""
+        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        generator = torch.Generator(self.device)
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        z = torch.randn(*shape, self.latent_dim, generator=generator, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            return self.decode(z, batch_size=batch_size)
+
+    def decoder(self, k: int) -> "Decoder":
+        """A map from the first ``k`` latents to data, the remaining latents at their mean, zero.
+
+        Returns:
+            A callable from ``(*batch, k)`` to ``(*batch, *event_shape)`` that knows the measured share of the variance
+            that it loses, ``.reconstruction_error``.
+
+        Raises:
+            ValueError: if ``k`` is not in ``1..latent_dim``.
+        """
+        from .reconstruction import Decoder  # builds on this module
+
+        if not 1 <= k <= self.latent_dim:
+            raise ValueError(f"decoder expects 1 <= k <= {self.latent_dim} latents, got {k}")
+        return Decoder(self, k)
+
+    def trajectory(self, x: Tensor, steps: int = 32) -> tuple[Tensor, Tensor]:
+        """The path of ``x`` through the paper's rescaled coordinates (see :mod:`ifpyro.flow.trajectory`).
+
+        Args:
+            x: data, ``(*batch, *event_shape)``.
+            steps: number of solver steps of the grid to walk.
+
+        Returns:
+            Angles' times ``(steps + 1,)`` and positions ``(steps + 1, *batch, latent_dim)`` in the eigenbasis.
+        """
+        times, path = rescaled.trajectory(self, x, replace(self.grid, steps=steps))
+        return times, path.unflatten(1, x.shape[: x.ndim - len(self.event_shape)])
+
+    def participation_ratio(self, t: Tensor | None = None) -> Tensor:
+        """The dimension ``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance, at times ``t`` (1 by default).
+
+        Source: de Albuquerque & Pearson 2024, section 3; constant in a preserving flow.
+        """
+        t = torch.ones(1, dtype=torch.double) if t is None else torch.as_tensor(t, dtype=torch.double)
+        return rescaled.participation_ratio(self, t).squeeze()
+
+    def compile(self, *, rows: int = 64, **options: Any) -> float:  # type: ignore[override]
+        """Compile the solver step of :meth:`decode` and of its gradient, for this session; needs a C++ compiler.
+
+        Results agree with those of the uncompiled flow to rounding. Log-determinants, ``encode``, calls inside
+        torch.func, gradient checkpointing and, until the next call, another ``autocast`` stay uncompiled.
+
+        Args:
+            rows: batch size with which it is tried; other sizes share the compiled code. One row, and steps of another
+                Runge-Kutta method (those of a sampler's guides), are compiled when they first come.
+            options: for ``torch.compile``; ``dynamic=True`` by default.
+
+        Returns:
+            Seconds that compilation took.
+
+        Raises:
+            RuntimeError: from torch, if the compiler is missing or fails; the flow then stays uncompiled.
+        """
+
+        began = time.perf_counter()
+        self.compiled_take, self.compiled_autocast = compile_step(self.evaluated_velocity(), options), self.autocast
+        try:
+            try_compiled(self.decode, torch.zeros(rows, self.latent_dim, dtype=self.dtype, device=self.device))
+        except Exception:
+            self.compiled_take = None
+            raise
+        return time.perf_counter() - began
+
+    # -- Pyro -------------------------------------------------------------------------------------------------------
+
+    def transform(self, cache_size: int = 0) -> "FlowTransform":
+        """The map from latent to data as a Pyro transform."""
+        from .distribution import FlowTransform  # prior.py builds on this module
+
+        return FlowTransform(self, cache_size=cache_size)
+
+    def prior(self) -> "dist.TransformedDistribution":
+        """The flow as a distribution to put in a Pyro model."""
+        from .distribution import flow_prior
+
+        return flow_prior(self)
+
+    # -- files ------------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> None:
+        """Write the flow to one safetensors file, atomically."""
+        from .file import save_flow
+
+        save_flow(self, path)
+
+    # -- in standardised coordinates, for those who measure the numerics ---------------------------------------------
+
+    @full_precision()
+    def decode_standard(self, z: Tensor, grid: Grid) -> Tensor:
+        """The solve alone, on any grid: latents ``(n, D)`` to standardised coordinates ``v``."""
+        velocity = self.evaluated_velocity()
+        for step in self.solver(z, grid).to_data:
+            z = take(velocity, step, z)
+        return z
+
+    def standardise(self, x: Tensor, with_log_det: bool = False) -> tuple[Tensor, torch.Size, Tensor | float]:
+        """Standardised coordinates ``v`` of data, ``(n, D)``; the batch shape; and the support's log-determinant."""
+        self._check(x, self.event_shape, "x")
+        free, inside = to_free(x, self.support, self.event_shape, with_log_det)
+        return self.basis.to_standard(free.reshape(-1, self.latent_dim)), free.shape[:-1], inside
+
+    def solver(self, like: Tensor, grid: Grid | None = None) -> Solver:
+        """The steps of a grid, that of the current fidelity by default, for states like a tensor."""
+        return self._solvers.get(self.velocity, self.angles, grid or self._current_grid(), like)
+
+    def evaluated_velocity(self) -> Velocity:
+        """The velocity in the precision in which it is evaluated."""
+        return self.velocity if self.autocast is None else Autocast(self.velocity, self.autocast)
+
+    @full_precision()
+    def solve_adaptive(
+        self, state: Tensor, *, to_data: bool, rtol: float = 1e-6, atol: float = 1e-6, log_det: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The ODE itself in standardised coordinates ``(n, D)``, by torchdiffeq's adaptive steps: an oracle."""
+        return solve_adaptive(self.velocity, self.angles, state, to_data=to_data, rtol=rtol, atol=atol, log_det=log_det)
+
+    # -- internals --------------------------------------------------------------------------------------------------
+
+    def _to_data(self, z: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
+        self._check(z, torch.Size([self.latent_dim]), "z")
+        batch = z.shape[:-1]
+        solve = partial(solve_to_data, self, with_log_det=with_log_det)
+        v, log_det = in_parts(solve, z.reshape(-1, self.latent_dim), batch_size)
+        free = self.basis.from_standard(v).reshape(*batch, self.latent_dim)
+        x, inside = from_free(free, self.support, self.event_shape, with_log_det)
+        return x, log_det.reshape(batch) + self.basis.log_det() + inside if with_log_det else log_det
+
+    def _to_latent(self, x: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
+        v, batch, inside = self.standardise(x, with_log_det)
+        solve = partial(solve_to_latent, self, with_log_det=with_log_det)
+        z, log_det = in_parts(solve, v, batch_size)
+        z = z.reshape(*batch, self.latent_dim)
+        return z, -(log_det.reshape(batch) + self.basis.log_det() + inside) if with_log_det else log_det
+
+    def bijection(self) -> Transform | None:
+        """From unconstrained space onto the support, or None for real data."""
+        return bijection_of(self.support)
+
+    def map_state(self) -> tuple[Any, ...]:
+        """What the map depends on besides its argument: a remembered result holds while this compares equal."""
+        weights = [*self.basis.buffers(), *weights_of(self.velocity)]
+        if any(is_wrapped(w) for w in weights):
+            return (object(),)  # weights of one vmapped call equal no others
+        return (
+            self._current_grid(),
+            (self.refinements, self.exact_up_to, self.autocast),
+            torch.is_grad_enabled() and any(w.requires_grad for w in weights),
+            tuple((w.dtype, w.device, w.data_ptr(), w._version) for w in weights),
+        )
+
+    def _current_grid(self) -> Grid:
+        level = current_fidelity()
+        if level == "fine":
+            return self.grid
+        if isinstance(level, Evaluations):
+            return cheap_grid(level.count, self.grid)
+        return replace(self.grid, steps=self.coarse_steps if level == "coarse" else level)
+
+    def _check(self, value: Tensor, event: torch.Size, name: str) -> None:
+        if not isinstance(value, Tensor):
+            kind = "numpy array" if isinstance(value, np.ndarray) else type(value).__name__
+            raise TypeError(f"expected {name} to be a torch tensor, got a {kind}; use torch.as_tensor({name})")
+        if value.dtype != self.dtype or value.device != self.device:
+            raise TypeError(
+                f"expected {name} as {self.dtype} on {self.device}, got {value.dtype} on {value.device}; convert with "
+                f"{name}.to(flow.device, flow.dtype), or move the flow with flow.to(...)"
+            )
+        if value.shape[value.ndim - len(event) :] != event or value.ndim < len(event):
+            raise ValueError(
+                f"expected {name} of shape (*batch, {', '.join(map(str, event))}), got {tuple(value.shape)}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InflationaryFlow":
+        self._solvers.clear()  # its tensors have the old dtype and device
+        self.recordings.clear()
+        return super()._apply(fn, recurse)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As in torch; the scales decide the angles and embeddings, which are recomputed."""
+        result = super().load_state_dict(*args, **kwargs)
+        self._solvers.clear()
+        self.recordings.clear()
+        self.angles = self.schedule.angles(self.basis.scale)
+        self.velocity.attach(self.basis, self.angles)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "compiled_take": None}
+
+    def extra_repr(self) -> str:
+        """Event shape, latent dimension and solver."""
+        return f"event_shape={tuple(self.event_shape)}, latent_dim={self.latent_dim}, grid={self.grid}"

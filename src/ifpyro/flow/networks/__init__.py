@@ -1,0 +1,1 @@
+"""Velocities: the contract, the networks that fulfil it, and pretrained denoisers."""

@@ -1,0 +1,1 @@
+"""The discrete map: grids, Runge-Kutta steps, their inverse and log-determinant, and how they are run."""

@@ -1,0 +1,296 @@
+r"""Solving the flow: Runge-Kutta on a fixed grid, its exact Jacobian, and an adaptive oracle.
+
+The state is ``y`` of shape ``(n, D)``; time runs from 0 (data) to 1 (latent). A fixed-grid solve *towards the data* is
+the map ``T`` that a model means when it says "the flow": a composition of steps
+
+.. math:: \Phi(y) = y + \sum_i b_i k_i, \qquad k_i = -h\,\theta'(t_i) \odot F(y + \sum_j a_{ij} k_j,\; t_i).
+
+Nothing is adaptive inside it, so each row is a smooth function of itself alone, gradients are those of the map that is
+evaluated, and
+
+* its log-determinant is that of the product of the step Jacobians ``I + sum_i b_i dk_i/dy`` (not the integral of a
+  divergence, which would carry a discretisation error of its own);
+* its inverse is found step by step (:mod:`ifpyro.flow.solver.inverse`).
+
+Tableaux: Hairer, Norsett & Wanner, Solving Ordinary Differential Equations I (1993), section II.1 and table 5.2.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torchdiffeq import odeint
+
+from ..axes.schedule import Angles
+from ..networks.velocity import Velocity
+
+
+@dataclass(frozen=True)
+class Tableau:
+    """An explicit Runge-Kutta method: coefficients and the order it declares."""
+
+    order: int
+    a: tuple[tuple[float, ...], ...]
+    b: tuple[float, ...]
+    c: tuple[float, ...]
+
+    @property
+    def stages(self) -> int:
+        """Velocity evaluations a step."""
+        return len(self.b)
+
+
+TABLEAUX = {
+    "euler": Tableau(1, ((),), (1.0,), (0.0,)),
+    "midpoint": Tableau(2, ((), (1 / 2,)), (0.0, 1.0), (0.0, 1 / 2)),
+    "heun3": Tableau(3, ((), (1 / 3,), (0.0, 2 / 3)), (1 / 4, 0.0, 3 / 4), (0.0, 1 / 3, 2 / 3)),
+    "rk4": Tableau(
+        4, ((), (1 / 2,), (0.0, 1 / 2), (0.0, 0.0, 1.0)), (1 / 6, 1 / 3, 1 / 3, 1 / 6), (0.0, 1 / 2, 1 / 2, 1.0)
+    ),
+    "dopri5": Tableau(
+        5,
+        (
+            (),
+            (1 / 5,),
+            (3 / 40, 9 / 40),
+            (44 / 45, -56 / 15, 32 / 9),
+            (19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729),
+            (9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656),
+        ),
+        (35 / 384, 0.0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84),
+        (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A fixed grid: ``t_k = (k / steps)^power``, denser near the data end for ``power > 1``, or as ``knots`` say.
+
+    Attributes:
+        steps: number of steps.
+        power: of the nodes, if there are no knots.
+        method: name of a Runge-Kutta method.
+        knots: times ``0 < ... < 1``, both included, with as many steps between any two neighbours; a number of
+            steps that does not divide evenly falls between them linearly. So one set of knots, where steps are short
+            because solving is hard, serves any number of steps (`ifpyro.flow.tuning.choose_grid` measures it).
+
+    Raises:
+        ValueError: on an unknown method, or numbers out of range.
+    """
+
+    steps: int = 16
+    power: float = 1.5
+    method: str = "rk4"
+    knots: tuple[float, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.method not in TABLEAUX:
+            raise ValueError(f"expected a method among {sorted(TABLEAUX)}, got {self.method!r}")
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"a grid expects steps to be a positive integer, got {self.steps!r}")
+        if not self.power > 0:
+            raise ValueError(f"a grid expects power > 0, got {self.power!r}")
+        if self.knots and (self.knots[0], self.knots[-1]) != (0.0, 1.0):
+            raise ValueError(f"a grid expects knots from 0 to 1, got {self.knots[0]!r} to {self.knots[-1]!r}")
+        if not all(a < b for a, b in pairwise(self.knots)):
+            raise ValueError("a grid expects knots that increase from each to the next")
+
+    @property
+    def evaluations(self) -> int:
+        """Velocity evaluations in one solve."""
+        return self.steps * TABLEAUX[self.method].stages
+
+    def times(self) -> Tensor:
+        """The ``steps + 1`` nodes, double precision."""
+        share = torch.linspace(0, 1, self.steps + 1, dtype=torch.double)
+        if not self.knots:
+            return share**self.power
+        knots = torch.tensor(self.knots, dtype=torch.double)
+        place = share * (len(knots) - 1)
+        left = place.long().clamp(max=len(knots) - 2)
+        return torch.lerp(knots[left], knots[left + 1], place - left)
+
+
+def cheap_grid(evaluations: int, grid: Grid) -> Grid:
+    """What so few evaluations are best spent on: Euler steps, beyond 6 midpoint steps, beyond 18 those of rk4.
+
+    Trained flows are nearly straight in angles, so that many low steps beat few high ones: how far a density seen
+    through such a map agrees with the exact one is measured in ``benchmarks/guides.py``.
+
+    Args:
+        evaluations: of the velocity in one solve; a remainder that makes no step is not used.
+        grid: whose nodes to take, in their density.
+    """
+    method = "euler" if evaluations <= 6 else "midpoint" if evaluations <= 18 else "rk4"
+    return replace(grid, steps=evaluations // TABLEAUX[method].stages, method=method)
+
+
+@dataclass(frozen=True)
+class Step:
+    """All that one step needs besides the state: per stage, an embedding and the rate ``-h theta'(t_i)``."""
+
+    tableau: Tableau
+    embedding: tuple[Tensor, ...]  # stages of (E,)
+    rate: tuple[Tensor, ...]  # stages of (D,)
+
+
+@dataclass(frozen=True)
+class Solver:
+    """The steps of a grid in both directions, each in the order in which it is taken."""
+
+    to_data: tuple[Step, ...]
+    to_latent: tuple[Step, ...]
+
+
+def build_solver(velocity: Velocity, angles: Angles, grid: Grid, like: Tensor) -> Solver:
+    """Evaluate angles, speeds and embeddings of every stage of every step once.
+
+    Args:
+        velocity: the flow's velocity.
+        angles: the flow's angles.
+        grid: where the steps are.
+        like: a tensor with the dtype and device of the states.
+    """
+    tableau = TABLEAUX[grid.method]
+    nodes = grid.times().to(like.device)
+    c = torch.tensor(tableau.c, dtype=torch.double, device=like.device)
+
+    def steps(start: Tensor, end: Tensor) -> tuple[Step, ...]:
+        h = (end - start).unsqueeze(-1)
+        t = start.unsqueeze(-1) + c * h  # (steps, stages)
+        embedding = velocity.embed(t.flatten()).unflatten(0, t.shape)
+        rate = (-h.unsqueeze(-1) * angles.speed(t)).to(like)
+        # Copies, not views: a compiled step would have to check where in its storage each view lies.
+        return tuple(
+            Step(tableau, tuple(v.clone() for v in e), tuple(v.clone() for v in r))
+            for e, r in zip(embedding, rate, strict=True)
+        )
+
+    forward = steps(nodes[:-1], nodes[1:])
+    backward = steps(nodes[1:].flip(0), nodes[:-1].flip(0))
+    return Solver(to_data=backward, to_latent=forward)
+
+
+def take(velocity: Callable[[Tensor, Tensor], Tensor], step: Step, y: Tensor) -> Tensor:
+    """One Runge-Kutta step ``Phi(y)``; ``y`` of shape ``(n, D)``."""
+    values: list[Tensor] = []
+    for row, embedding in zip(step.tableau.a, step.embedding, strict=True):
+        values.append(velocity(_move(y, step, row, values), embedding))
+    return _move(y, step, step.tableau.b, values)
+
+
+def take_with_log_det(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One step and ``log|det dPhi/dy|`` (shape ``(n,)``)."""
+    result, jacobian = take_with_jacobian(velocity, step, y)
+    return result, torch.linalg.slogdet(jacobian).logabsdet
+
+
+def take_with_jacobian(velocity: Velocity, step: Step, y: Tensor) -> tuple[Tensor, Tensor]:
+    """One step and ``dPhi_i/dy_j`` (shape ``(n, D, D)``), from the Jacobians of the velocity at the stages."""
+    eye = torch.eye(y.shape[-1], dtype=y.dtype, device=y.device).expand(*y.shape, -1)
+    values: list[Tensor] = []
+    tangents: list[Tensor] = []  # dk_i / dy, (n, D, D)
+    for i, row in enumerate(step.tableau.a):
+        value, jacobian = velocity_and_jacobian(velocity, _move(y, step, row, values), step.embedding[i])
+        values.append(value)
+        inner = jacobian @ _combine(eye, row, tangents) if any(row) else jacobian
+        tangents.append(step.rate[i].unsqueeze(-1) * inner)
+    return _move(y, step, step.tableau.b, values), _combine(eye, step.tableau.b, tangents)
+
+
+Trace = Callable[[int, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""From stage, state ``(n, D)``, embedding and rate: ``F``, and estimates ``(p, n)`` of the trace of rate ``* F'``."""
+
+
+def take_with_traces(step: Step, y: Tensor, trace: Trace) -> tuple[Tensor, Tensor]:
+    """One step and estimates ``(p, n)`` of its share of the log-determinant, ``sum_i b_i (-h) tr(theta' F')``.
+
+    Unlike :func:`take_with_log_det` this is the quadrature of the divergence (Grathwohl et al. 2019, eq. 8), which
+    agrees with the map's own log-determinant up to the solver's order.
+
+    Args:
+        step: the step to take.
+        y: states, ``(n, D)``.
+        trace: evaluates the velocity and estimates the trace.
+    """
+    values: list[Tensor] = []
+    total = y.new_zeros(())
+    for i, row in enumerate(step.tableau.a):
+        value, estimates = trace(i, _move(y, step, row, values), step.embedding[i], step.rate[i])
+        values.append(value)
+        total = total + step.tableau.b[i] * estimates
+    return _move(y, step, step.tableau.b, values), total
+
+
+def velocity_and_jacobian(velocity: Velocity, y: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+    """``F`` of shape ``(n, D)`` and ``dF_i/dy_j`` of shape ``(n, D, D)``, by ``D`` batched forward-mode products."""
+    dim = y.shape[-1]
+    directions = torch.eye(dim, dtype=y.dtype, device=y.device).unsqueeze(-2).expand(dim, *y.shape)
+    value, products = velocity.with_products(y, embedding, directions)
+    return value, products.movedim(0, -1)
+
+
+def divergence(velocity: Velocity, y: Tensor, embedding: Tensor) -> Tensor:
+    """Per-axis diagonal ``dF_j/dy_j`` of shape ``(n, D)``: weighted by ``theta_j'`` it sums to the divergence."""
+    return velocity_and_jacobian(velocity, y, embedding)[1].diagonal(dim1=-2, dim2=-1)
+
+
+def solve_adaptive(
+    velocity: Velocity,
+    angles: Angles,
+    y: Tensor,
+    *,
+    to_data: bool,
+    rtol: float,
+    atol: float,
+    method: str = "dopri5",
+    log_det: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Solve with torchdiffeq's adaptive steps: the oracle for the fixed grids.
+
+    The step size is shared by the batch, so rows influence each other below the tolerance; use it to check, or to
+    transport points to a stated tolerance, not inside a sampler.
+
+    Returns:
+        The end state ``(n, D)`` and the integrated log-determinant ``(n,)`` (zeros unless ``log_det``).
+    """
+
+    def embed(t: Tensor) -> tuple[Tensor, Tensor]:
+        t = t.reshape(1)
+        return velocity.embed(t)[0], -angles.speed(t)[0].to(y)
+
+    def plain(t: Tensor, state: Tensor) -> Tensor:
+        embedding, rate = embed(t)
+        return rate * velocity(state, embedding)
+
+    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        embedding, rate = embed(t)
+        value, jacobian = velocity_and_jacobian(velocity, state[0], embedding)
+        return rate * value, (rate * jacobian.diagonal(dim1=-2, dim2=-1)).sum(-1)
+
+    ends = (1.0, 0.0) if to_data else (0.0, 1.0)
+    span = torch.tensor(ends, dtype=torch.double, device=y.device)
+    options = {"rtol": rtol, "atol": atol, "method": method}
+    zeros = y.new_zeros(y.shape[:-1])
+    if log_det:
+        states, logs = odeint(augmented, (y, zeros), span, **options)
+        return states[-1], logs[-1]
+    return odeint(plain, y, span, **options)[-1], zeros
+
+
+def _move(y: Tensor, step: Step, weights: tuple[float, ...], values: list[Tensor]) -> Tensor:
+    """``y + sum_i w_i k_i`` with ``k_i = rate_i * F_i``."""
+    for weight, rate, value in zip(weights, step.rate, values, strict=False):  # a stage knows those before it alone
+        if weight:
+            y = torch.addcmul(y, value, rate, value=weight)
+    return y
+
+
+def _combine(y: Tensor, weights: tuple[float, ...], increments: list[Tensor]) -> Tensor:
+    for weight, increment in zip(weights, increments, strict=True):
+        if weight:
+            y = torch.add(y, increment, alpha=weight)
+    return y

@@ -1,0 +1,1 @@
+"""Samplers: kernels, moves, adaptation, and the algorithms built from them."""

@@ -1,0 +1,288 @@
+r"""Tempered sequential Monte Carlo: from exact prior draws to the posterior, with the evidence on the way.
+
+Particles pass through ``pi_k(q) ~ prior(q) likelihood(q)^beta_k`` for ``0 = beta_0 < ... < beta_K = 1``. Each
+stage reweights by ``likelihood^(beta_{k+1} - beta_k)``, resamples, and moves every particle by Hamiltonian
+Monte Carlo, and by independence jumps as long as these are accepted, which leave ``pi_{k+1}`` invariant (Del
+Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin & Jacob 2021 for HMC moves; South, Pettitt & Drovandi
+2019 for independence jumps). The evidence is estimated by the product of mean incremental weights,
+
+    log Z = sum_k log( 1/N sum_i likelihood(q_i)^(beta_{k+1} - beta_k) ).
+
+The first population is larger than the others where that pays: prior draws need no gradients, and if enough of
+them carry weight, importance sampling is all there is to do (`ifpyro.infer.engines.prior_draws`).
+
+The particles live in *islands* that resample on their own and share only tuning (temperatures, metric, step
+size): the spread of their evidences is an honest standard error, and islands serve as chains for R-hat.
+"""
+
+import math
+import warnings
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...core.arguments import check_count, check_fraction, check_level
+from ...core.pool import Pool
+from ...flow.solver.fidelity import Level
+from ..model.density import BatchedDensity
+from ..model.resolve import check_model, new_generator, resolve_density
+from ..results.diagnostics import pareto_k
+from ..results.draws import Draws
+from .distributed import everywhere
+from .guided_density import LOOSE, Target, Value
+from .metric import cross_fitted_metric
+from .particle_moves import Moved, Mover, Stage
+from .prior_draws import prior_population, suffices, usable
+from .tempering import along_a_curve, effective_fraction, next_temperature, systematic_resample
+
+FAR = 1e-7
+"""First inverse temperature below which the user is warned."""
+
+
+class Tuning(NamedTuple):
+    """What a kernel started from the particles wants to know."""
+
+    step_size: float
+    length: float
+    level: Level
+
+
+class SMC(Draws):
+    """Tempered SMC over a Pyro model.
+
+    Args:
+        model: the Pyro model; discrete latents that `pyro.infer.config_enumerate` has marked are summed out.
+        num_particles: particles in all, split evenly among the islands.
+        num_islands: independent samplers in one batch; the standard error of the evidence has ``num_islands -
+            1`` degrees of freedom.
+        ess_threshold: effective fraction of the particles that each temperature step keeps.
+        prior_draws: most prior draws per particle, evaluated once and without gradients, for importance sampling. If
+            so many promise an effective sample size of the particles, these are resampled from them, unmoved; if
+            not, tempering starts from a few per particle. 1: no attempt, as many prior draws as particles.
+        max_moves: most Hamiltonian moves per temperature; fewer are made where particles decorrelate earlier.
+        max_steps: most leapfrog steps per move.
+        level: fidelity of the gradients, by default the cheapest that agrees with the fine density.
+        seed: of all randomness; fresh if ``None``.
+        batch_size: most particles evaluated at once (bounds memory).
+        batching: how to batch the model (see `BatchedModel`); chosen by itself if ``None``.
+        progress: show a progress bar with temperature and evidence.
+        pool: the processes among which the particles are divided, ``Pool.join()`` under ``torchrun``; all of them must
+            make and run the same sampler, and the first one holds the draws.
+
+    After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard
+    error: the spread over islands, by the delta method, but never less than independent particles would give,
+    ``sqrt(sum_k (N / ESS_k - 1) / N)``, because few islands can agree by luck), `island_log_evidence`
+    ``(num_islands,)``, `stages`, and `pareto_k` where prior draws carried enough weight for a single
+    importance sampling step (above 0.7 it is not to be trusted, and the particles are moved: Vehtari et al. 2024;
+    with many data sets, the largest).
+
+    Raises:
+        ValueError: for arguments out of range.
+        TypeError: if ``model`` is not callable.
+    """
+
+    log_evidence: float
+    log_evidence_se: float
+    island_log_evidence: Tensor
+    stages: list[Stage]
+    pareto_k: float | None
+    tuning: Tuning
+
+    def __init__(
+        self,
+        model: Any,
+        num_particles: int = 512,
+        *,
+        num_islands: int = 4,
+        ess_threshold: float = 0.5,
+        prior_draws: int = 16,
+        max_moves: int = 20,
+        max_steps: int = 64,
+        level: Level | None = None,
+        seed: int | None = None,
+        batch_size: int | None = None,
+        batching: Literal["plate", "vmap", "loop"] | None = None,
+        progress: bool = True,
+        pool: Pool | None = None,
+    ) -> None:
+        check_model(model, "SMC")
+        self.model = model
+        self.num_particles = check_count("num_particles", num_particles, 2)
+        self.num_islands = check_count("num_islands", num_islands, 1)
+        num_particles, num_islands = self.num_particles, self.num_islands
+        if num_particles % num_islands or num_particles < 2 * num_islands:
+            raise ValueError(
+                "num_particles must be a multiple of num_islands with at least 2 each, "
+                f"got {num_particles} particles for {num_islands} islands"
+            )
+        if num_islands == 1 and num_particles % 2:
+            raise ValueError(
+                "a lone island is tuned half from half and needs an even number of particles, "
+                f"got num_particles={num_particles}"
+            )
+        self.ess_threshold = check_fraction("ess_threshold", ess_threshold)
+        self.prior_draws = check_count("prior_draws", prior_draws, 1)
+        self.max_moves = check_count("max_moves", max_moves, 1)
+        self.max_steps = check_count("max_steps", max_steps, 1)
+        check_level(level)
+        self.level = level
+        super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
+
+    def run(self, *args: Any, **kwargs: Any) -> "SMC":
+        """Sample the posterior of ``model(*args, **kwargs)``.
+
+        Returns:
+            itself.
+
+        Raises:
+            ValueError: if the model has no latent, or is impossible or not a number at every prior draw.
+            RuntimeError: if the model fails on the way.
+        """
+        self.model_args, self.model_kwargs = args, kwargs
+        density = resolve_density(
+            self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
+        )
+        with everywhere(density, self._pool) as shared:
+            return self if shared is None else self.run_density(shared)
+
+    def run_density(self, density: BatchedDensity, generator: torch.Generator | None = None) -> "SMC":
+        """Sample the posterior of a batched density; with many data sets (`ifpyro.infer.model.many`) all their posteriors,
+        each with islands of its own, and evidences are then those of `island_log_evidence` only."""
+        self._density, self._positions = density, None
+        generator = new_generator(density, self.seed) if generator is None else generator
+        target = Target(density, self._batch_size, self.level, LOOSE)
+        islands, per_island, families = self.num_islands, self.num_particles // self.num_islands, target.families
+        if islands % families:
+            raise ValueError(f"num_islands must be a multiple of the {families} data sets, got {islands}")
+        population = prior_population(target, self.num_particles, islands, self.prior_draws, generator)
+        q, fine = population.q, population.fine
+
+        self.stages, self.pareto_k = [], None
+        log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
+        groups = max(islands, 2 * families)  # a lone island is tuned half from half
+        floor = 0.0
+        mover = Mover(target, generator, q.shape[1] ** -0.25, self.max_steps, self.max_moves, groups)
+        beta = 0.0
+        bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
+        with bar:
+            while beta < 1.0:
+                rows = len(q) // islands
+                log_likelihood = usable(fine.log_likelihood).reshape(islands, rows)
+                _check_islands(log_likelihood)
+                enough = per_island / rows
+                beta_next = next_temperature(log_likelihood, beta, self.ess_threshold, families, enough)
+                log_weight = (beta_next - beta) * log_likelihood.double()
+                log_evidence += log_weight.logsumexp(1) - math.log(rows)
+                floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / len(q)
+                if beta == 0.0 and beta_next == 1.0:
+                    shapes = [pareto_k(row) for row in log_weight.reshape(families, -1)]
+                    self.pareto_k = max((k for k in shapes if not math.isnan(k)), default=math.nan)
+                if beta == 0.0 and beta_next < FAR:
+                    warnings.warn(
+                        f"the first inverse temperature is {beta_next:.1g}, many will follow: the data are far from "
+                        "the prior's draws, or the likelihood is very narrow. Are data and prior in the same units?",
+                        stacklevel=3,
+                    )
+                weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
+                metric = cross_fitted_metric(q, weight, groups, families)
+                order = along_a_curve(q.reshape(islands, rows, -1))
+                index = systematic_resample(log_weight.gather(1, order), generator, per_island)
+                index = order.gather(1, index).sort(1).values  # draws in a row stay unrelated
+                index = (index + rows * torch.arange(islands, device=q.device)[:, None]).flatten()
+                beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
+                if self.pareto_k is not None and suffices(log_weight, per_island, families, self.pareto_k):
+                    moved = mover.stay(q, fine)
+                    self.stages.append(moved.stage)
+                    break
+                try:
+                    moved = mover.run(q, fine, beta, metric)
+                except Exception as error:
+                    raise RuntimeError(
+                        f"the model failed while particles moved at inverse temperature {beta:.3g} "
+                        f"({type(error).__name__}: {error}); there are no posterior draws before it reaches 1"
+                    ) from error
+                q, fine, stage = moved.q, moved.fine, moved.stage
+                self.stages.append(stage)
+                bar.set_postfix_str(
+                    f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
+                    f"accept={stage.acceptance:.2f} moves={stage.moves}"
+                )
+        self.tuning = Tuning(mover.step.step_size, mover.length.length, moved.stage.level)
+        self._finish(moved, log_evidence, math.sqrt(floor), len(population.q))
+        return self
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Equally weighted draws of every named site in the user's space.
+
+        Args:
+            group_by_chain: ``False``: the pooled estimate, ``(num_particles, *shape)``: islands enter by
+                their evidence (systematic resampling). ``True``: islands as they are, ``(num_islands,
+                particles each, *shape)``; their weights are `sample_stats` ``()["log_weight"]``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        if group_by_chain:
+            return super().get_samples(group_by_chain=True)
+        return self._sites(self.pooled(self.num_particles))
+
+    def pooled(self, num: int) -> Tensor:
+        """``num`` equally weighted unconstrained draws from all islands, ``(num, dim)``; the same ones at
+        every call. From a density of many data sets, equal shares of them, one after the other."""
+        positions = self.positions()
+        families = getattr(self._density, "families", 1)
+        generator = torch.Generator(device=positions.device).manual_seed(self.seed)
+        weight = self._stats["log_weight"].reshape(families, -1)
+        index = systematic_resample(weight, generator, num // families)
+        index = index + weight.shape[1] * torch.arange(families, device=index.device)[:, None]
+        return positions.reshape(-1, positions.shape[-1])[index.flatten()]
+
+    def _finish(self, moved: Moved, log_evidence: Tensor, floor: float, prior_draws: int) -> None:
+        islands = self.num_islands
+        shape = (islands, self.num_particles // islands)
+        self.island_log_evidence = log_evidence
+        self.log_evidence = float(_log_mean(log_evidence))
+        ratio = (log_evidence - self.log_evidence).exp()
+        spread = float(ratio.std() / math.sqrt(islands)) if islands > 1 else 0.0
+        self.log_evidence_se = max(spread, floor)
+        info = moved.info
+        self._positions = moved.q.reshape(*shape, -1)
+        lp = moved.fine.tempered(1.0)
+        self._stats = {
+            "lp": lp,
+            "energy": info.energy,
+            "acceptance_rate": info.acceptance,
+            "diverging": info.diverging,
+            "step_size": torch.full_like(lp, moved.stage.step_size),
+            "n_steps": torch.full_like(lp, info.num_steps, dtype=torch.long),
+            "fidelity_gap": info.gap,
+            "log_weight": (log_evidence - self.log_evidence).to(lp.dtype).repeat_interleave(shape[1]),
+        }
+        self._stats = {name: value.reshape(shape) for name, value in self._stats.items()}
+        self.attributes = {
+            "inference_method": "smc",
+            "prior_draws": prior_draws,
+            "seed": self.seed,
+            "log_evidence": self.log_evidence,
+            "log_evidence_se": self.log_evidence_se,
+            "temperatures": [stage.beta for stage in self.stages],
+            "guide_level": str(self.tuning.level),
+        }
+        self._note_batching()
+        if self.pareto_k is not None:
+            self.attributes["pareto_k"] = self.pareto_k
+
+
+def _log_mean(log_values: Tensor) -> Tensor:
+    return log_values.logsumexp(0) - math.log(len(log_values))
+
+
+def _check_islands(log_likelihood: Tensor) -> None:
+    dead = ~(log_likelihood > -torch.inf).any(1)
+    if bool(dead.any()):
+        raise ValueError(
+            f"in {int(dead.sum())} of {len(dead)} islands no particle has a positive likelihood: the data "
+            "are nearly impossible under the prior; use more particles, fewer islands, or a wider likelihood"
+        )

@@ -1,0 +1,162 @@
+"""One model, run for many draws in any of three ways: under a plate, by vmap, or in a loop.
+
+Nothing here asks whether a way is right for the model; `ifpyro.infer.model.verify` does.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .handlers import Evaluate, FromPrior, FromValues, FromVector
+from .layout import BatchingError, Layout
+
+Batching = Literal["plate", "vmap", "loop"]
+Totals = tuple[Tensor, Tensor]
+
+
+class Runner:
+    """A model with its arguments and layout.
+
+    Args:
+        model: a Pyro model, flow priors already reparameterised.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        layout: its latent sites.
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout
+    ) -> None:
+        self.model, self.args, self.kwargs, self.layout = model, args, kwargs, layout
+
+    def run(self, handler: Any) -> Any:
+        """Execute the model under a handler and return the handler."""
+        with handler:
+            self.model(*self.args, **self.kwargs)
+        return handler
+
+    def single(self, row: Tensor) -> Evaluate:
+        """All terms of one draw, ``(dim,)``."""
+        return self.run(FromVector(self.layout, row))
+
+    def terms(self, batching: Batching, q: Tensor) -> Evaluate:
+        """All terms of all draws, site by site; ``batching`` is plate or vmap."""
+        if batching == "plate":
+            return self.run(FromVector(self.layout, q, len(q)))
+
+        def one(row: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            run = self.single(row)
+            return run.log_prior, run.log_likelihood
+
+        result = Evaluate(self.layout, len(q))
+        result.log_prior, result.log_likelihood = torch.func.vmap(one)(q)
+        return result
+
+    def totals(self, batching: Batching, q: Tensor) -> Totals:
+        """``(log_prior, log_likelihood)``, each ``(n,)``; -inf likelihood where a decomposition fails."""
+        try:
+            if len(q) > 1 and batching == "plate":
+                return self.terms("plate", q).totals()
+            if len(q) > 1 and batching == "vmap":
+                return torch.func.vmap(lambda row: self.single(row).totals())(q)
+        except torch.linalg.LinAlgError:
+            pass  # one draw spoils the batch: find out which
+        rows = [self.safe_single(row) for row in q]
+        return torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows])
+
+    def safe_single(self, row: Tensor) -> Totals:
+        """Both totals of one draw."""
+        try:
+            return self.single(row).totals()
+        except torch.linalg.LinAlgError:
+            zero = row.sum() * 0
+            return zero, zero - torch.inf
+
+    def values(self, batching: Batching, q: Tensor) -> dict[str, Tensor]:
+        """Every latent and deterministic site, ``(n, *shape)``."""
+
+        def one(row: Tensor) -> dict[str, Tensor]:
+            return self.run(FromVector(self.layout, row, score=False)).values
+
+        if batching == "plate" and len(q) > 1:
+            run = self.run(FromVector(self.layout, q, len(q), score=False))
+            return {name: self._align(name, value, len(q)) for name, value in run.values.items()}
+        if batching == "vmap":
+            return torch.func.vmap(one)(q)
+        rows = [one(row) for row in q]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def draw(self, batching: Batching, n: int, like: Tensor) -> Tensor:
+        """Prior draws ``(n, dim)`` from the current random state, on the device of ``like``."""
+        if batching == "plate":
+            return self.run(FromPrior(self.layout, n)).vector()
+
+        def one(_: Tensor) -> Tensor:
+            return self.run(FromPrior(self.layout)).vector()
+
+        blanks = like.new_zeros(n)
+        if batching == "vmap":
+            return torch.func.vmap(one, randomness="different")(blanks)
+        return torch.stack([one(blank) for blank in blanks])
+
+    def invert(self, batching: Batching, values: dict[str, Tensor], n: int) -> Tensor:
+        """The ``q``, ``(n, dim)``, of constrained latent values ``(n, *shape)``."""
+        if batching == "plate" and n > 1:
+            return self.run(FromValues(self.layout, values, n)).vector()
+        rows = [{name: value[i] for name, value in values.items()} for i in range(n)]
+        return torch.stack([self.run(FromValues(self.layout, row)).vector() for row in rows])
+
+    def _align(self, name: str, value: Tensor, n: int) -> Tensor:
+        """A site's value from a run under a plate as ``(n, *shape)``."""
+        shape = self.layout.shapes.get(name)
+        if shape is None:
+            raise BatchingError(f"site {name!r} appears in a batch of draws only", name)
+        if value.shape == shape:
+            return value.expand(n, *shape)  # does not depend on the draw
+        own = value.dim() - len(shape)
+        middle = value.shape[1:own]
+        if own < 1 or value.shape[0] not in (1, n) or value.shape[own:] != shape or any(s != 1 for s in middle):
+            raise BatchingError(
+                f"site {name!r} has shape {tuple(value.shape)} for {n} draws; for one draw it has {tuple(shape)}",
+                name,
+            )
+        return value.reshape(value.shape[0], *shape).expand(n, *shape)
+
+
+class InChunks(torch.autograd.Function):
+    """Evaluate chunk by chunk, gradients included, so that only one chunk's graph is alive at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, totals: Callable[[Tensor], Totals], size: int) -> Any:
+        """``totals(q)``, from chunks of ``size`` rows."""
+        terms: list[Totals] = []
+        gradients: list[Totals] = []
+        for chunk in q.detach().split(size):
+            if not q.requires_grad:
+                terms.append(totals(chunk))
+                continue
+            with torch.enable_grad():
+                chunk = chunk.requires_grad_(True)
+                prior, likelihood = totals(chunk)
+                gradients.append((gradient(prior.sum(), chunk), gradient(likelihood.sum(), chunk)))
+            terms.append((prior.detach(), likelihood.detach()))
+        if gradients:
+            ctx.save_for_backward(*(torch.cat(parts) for parts in zip(*gradients, strict=True)))
+        return tuple(torch.cat(parts) for parts in zip(*terms, strict=True))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, weight_prior: Tensor, weight_likelihood: Tensor) -> Any:
+        """Rows are independent, so a row's gradient is its weight times what was kept."""
+        prior, likelihood = ctx.saved_tensors
+        return weight_prior[:, None] * prior + weight_likelihood[:, None] * likelihood, None, None
+
+
+def gradient(term: Tensor, q: Tensor) -> Tensor:
+    """Gradient of a scalar with respect to ``q``; zero where it does not depend on it."""
+    if not term.requires_grad:
+        return torch.zeros_like(q)
+    found = torch.autograd.grad(term, q, retain_graph=True, allow_unused=True)[0]
+    return torch.zeros_like(q) if found is None else found

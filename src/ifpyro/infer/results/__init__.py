@@ -1,0 +1,1 @@
+"""From draws to ArviZ: what samplers return, read, diagnosed and named."""

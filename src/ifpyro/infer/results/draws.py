@@ -1,0 +1,175 @@
+"""What a finished run holds: draws of every named site, statistics per draw, and ArviZ's diagnostics of
+them."""
+
+import secrets
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from ...core.arguments import check_choice, check_count
+from ...core.pool import Pool
+from ...flow.file import read_tensors, write_tensors
+from ...flow.solver.fidelity import fidelity
+from ..model.density import BatchedDensity
+from ..model.resolve import resolve_density
+from . import diagnostics
+
+D = TypeVar("D", bound="Draws")
+
+SITE_ROWS = 4096
+"""Draws turned into sites at a time, where no batch size is set."""
+
+
+class Draws:
+    """Base of `MCMC` and `SMC`: everything that does not depend on how the draws were made."""
+
+    model: Any
+    """The Pyro model, or density, that was run."""
+    model_args: tuple[Any, ...]
+    """Positional arguments of the last run."""
+    model_kwargs: dict[str, Any]
+    """Keyword arguments of the last run."""
+    attributes: dict[str, Any]
+    """Scalar facts about the run (seed, batching, temperatures, evidence, ...), for the ``attrs`` of an ArviZ group."""
+
+    _density: BatchedDensity | None = None
+    _positions: Tensor | None = None
+    _stats: dict[str, Tensor]
+
+    def __init__(
+        self,
+        *,
+        seed: int | None,
+        batch_size: int | None,
+        batching: Literal["plate", "vmap", "loop"] | None,
+        progress: bool,
+        pool: Pool | None = None,
+    ) -> None:
+        self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
+        self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
+        check_choice("batching", batching, ("plate", "vmap", "loop", None))
+        self._batching = batching
+        self._progress = progress
+        self._pool = pool
+        self._stats = {}
+        self.attributes = {}
+
+    def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
+        """Draws of every named site in the user's space.
+
+        Args:
+            group_by_chain: keep chains apart: ``(chains, draws, *shape)`` instead of ``(chains * draws,
+                *shape)``.
+
+        Raises:
+            RuntimeError: if there are no draws, or the model fails when it is run at them.
+        """
+        positions = self.positions()
+        chains, draws, dim = positions.shape
+        sites = self._sites(positions.reshape(chains * draws, dim))
+        if not group_by_chain:
+            return sites
+        return {name: value.reshape(chains, draws, *value.shape[1:]) for name, value in sites.items()}
+
+    def positions(self) -> Tensor:
+        """The unconstrained draws themselves, ``(chains, draws, dim)``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        if self._pool is not None and self._pool.rank and self._positions is None:
+            raise RuntimeError(
+                f"this is process {self._pool.rank}: the draws of all processes are in the first one; use them where "
+                "pool.rank == 0"
+            )
+        if self._positions is None or self._positions.shape[1] == 0:
+            raise RuntimeError(f"{type(self).__name__} holds no draws: call run(...) first, and let it finish warm-up")
+        return self._positions
+
+    def sample_stats(self) -> dict[str, Tensor]:
+        """Statistics of every draw, each ``(chains, draws)``: ``lp, energy, acceptance_rate, diverging,
+        step_size, n_steps, fidelity_gap`` and, for `SMC`, ``log_weight``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        self.positions()
+        return dict(self._stats)
+
+    def save(self, path: str | Path) -> None:
+        """Write the draws and their statistics to a file, atomically; see `restore`.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        tensors = {"positions": self.positions()} | {f"stats.{name}": value for name, value in self._stats.items()}
+        write_tensors(path, tensors, "draws", {"seed": self.seed, "attributes": self.attributes})
+
+    def restore(self: D, path: str | Path, *args: Any, **kwargs: Any) -> D:
+        """Hold the draws of a file, of this model with these arguments, as if they had just been made.
+
+        Returns:
+            itself.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged, or its draws are of a model of another dimension.
+        """
+        tensors, header = read_tensors(path, "draws")
+        density = resolve_density(
+            self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
+        )
+        positions = tensors.pop("positions")
+        if positions.shape[-1] != density.dim:
+            raise ValueError(
+                f"the draws in {path} have {positions.shape[-1]} dimensions, this model has {density.dim}; restore "
+                "them into the model and with the arguments that they were drawn from"
+            )
+        self.model_args, self.model_kwargs, self._density = args, kwargs, density
+        self._positions = positions.to(getattr(density, "device", "cpu"))
+        self._stats = {name.removeprefix("stats."): value for name, value in tensors.items()}
+        self.seed, self.attributes = header["seed"], header["attributes"]
+        return self
+
+    def diagnostics(self) -> dict[str, Any]:
+        """Per site ``{"n_eff": ..., "r_hat": ...}`` (ArviZ), and ``"divergences"``: chain -> indices of
+        divergent draws.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        report: dict[str, Any] = dict(diagnostics.convergence(self.get_samples(group_by_chain=True)))
+        report["divergences"] = {
+            f"chain {chain}": row.nonzero()[:, 0].tolist() for chain, row in enumerate(self.sample_stats()["diverging"])
+        }
+        return report
+
+    def summary(self, **options: Any) -> Any:
+        """ArviZ's summary table: mean, sd, interval, Monte Carlo error, ESS and R-hat of every site.
+
+        Args:
+            options: passed to ``arviz.summary``.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        return diagnostics.summary(self.get_samples(group_by_chain=True), **options)
+
+    def _note_batching(self) -> None:
+        """Report how the model was evaluated, in `attributes`; a density that is no Pyro model does not say."""
+        if (batching := getattr(self._density, "batching", None)) is not None:
+            self.attributes["batching"] = batching
+
+    def _sites(self, q: Tensor) -> dict[str, Tensor]:
+        assert self._density is not None
+        try:
+            with torch.no_grad(), fidelity("fine"):
+                parts = [self._density.sites(chunk) for chunk in q.split(self._batch_size or SITE_ROWS)]
+        except Exception as error:
+            raise RuntimeError(
+                "sites are computed by running the model at the draws, and the model failed there "
+                f"({type(error).__name__}: {error}); the unconstrained draws are kept: positions()"
+            ) from error
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
