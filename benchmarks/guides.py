@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import posterior
-from ifpyro.flow.solver.steps import TABLEAUX, Grid
+from ifpyro.flow.solver.grid import TABLEAUX, Grid
 from ifpyro.infer.engines.guided_density import CLOSE, LOOSE
 from peers_reference import reference
 from results import RESULTS, machine, write_section

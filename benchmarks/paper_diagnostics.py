@@ -12,7 +12,7 @@ import ifpyro
 from ifpyro.checks.residuals import Residuals, accumulated, mixture_velocity, network_residuals, path_errors
 from ifpyro.data import datasets
 from ifpyro.flow.networks.velocity import Velocity
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 from paper_flows import Key, data, flow_of
 from paper_toy import SCHEDULES as TOY_SCHEDULES
 

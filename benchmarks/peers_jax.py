@@ -21,7 +21,7 @@ from jax.scipy.special import logsumexp
 from numpyro.infer import MCMC, NUTS
 
 import ifpyro
-from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.solver.fidelity import Level, at
 
 CHAINS = 64

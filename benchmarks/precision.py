@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import ifpyro
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.images import unet
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 from results import RESULTS, machine, show, write_section
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import ifpyro
 import posterior
-from ifpyro.flow.solver.steps import TABLEAUX, Grid
+from ifpyro.flow.solver.grid import TABLEAUX, Grid
 from ifpyro.flow.tuning import knots_for
 from results import RESULTS, machine, write_section
 

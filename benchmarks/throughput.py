@@ -29,8 +29,8 @@ from torch import Tensor
 
 import ifpyro
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.networks.velocity import MLP
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.solver.grid import Grid
 from results import RESULTS, machine, write_section
 
 WIDTHS = {2: 128, 16: 256, 64: 256, 784: 512, 3072: 1024}

@@ -22,9 +22,9 @@ from flows_zoo import FLOWS, latents, mixture_flow, mlp_flow, samples
 from ifpyro import Pool
 from ifpyro.calibration import coverage, latent_coverage
 from ifpyro.cli.main import main
-from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.reconstruction import measure
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 from ifpyro.infer.model.many import ManyDataSets
 from ifpyro.training import Recipe
 

@@ -14,7 +14,7 @@ from flows_zoo import latents, mlp_flow
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.images import ImageVelocity
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 
 class Convolutions(nn.Module):
@@ -185,7 +185,7 @@ def test_convolutions_are_not_cut_short():
 def test_the_newer_setting_too(setting):
     """In a process of its own: torch does not let its two kinds of settings mix."""
     code = (
-        "import sys, torch, test_devices as t\n"
+        "import sys, torch; sys.path.insert(0, 'zoos'); import test_devices as t\n"
         "cudnn = torch.backends.cudnn\n"
         "exec(sys.argv[1])\n"
         "assert t.full_and_back(lambda: cudnn.conv.fp32_precision) == 'tf32'"

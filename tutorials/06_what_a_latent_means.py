@@ -20,7 +20,7 @@ import ifpyro
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.cli import demo
 from ifpyro.flow.reconstruction import lost
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 SMOKE = os.environ.get("IFPYRO_SMOKE") == "1"
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from ifpyro.calibration import ManyHMC, ManySMC, Simulator
 from ifpyro.calibration.simulated import sbc
 from ifpyro.calibration.simulated.problems import LOG_LIKELIHOOD
 from ifpyro.calibration.simulated.sbc import thin
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 NOISE = 0.5
 SHRINK = 1 / (1 + NOISE**2)

@@ -18,8 +18,9 @@ from ifpyro.checks.checking import stored
 from ifpyro.checks.questions import LIMITS, MATTERS, Level, Solved, generated, latent, log_det_error, numerical
 from ifpyro.checks.result import by_evidence, by_size
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.networks.velocity import MLP, Velocity
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.networks.velocity import Velocity
+from ifpyro.flow.solver.grid import Grid
 from ifpyro.training import Recipe
 
 ROWS = 400

@@ -11,7 +11,8 @@ from ifpyro import InflationaryFlow, Schedule
 from ifpyro.checks.residuals import Residuals, accumulated, mixture_velocity, network_residuals, path_errors
 from ifpyro.data import datasets
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.networks.velocity import MLP, Velocity
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.networks.velocity import Velocity
 
 TIMES = torch.tensor([0.05, 0.3, 0.6, 0.9], dtype=torch.double)
 

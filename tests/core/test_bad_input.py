@@ -9,12 +9,12 @@ from torch.distributions import constraints
 import ifpyro
 from flows_zoo import mlp_flow
 from ifpyro import InflationaryFlow, Schedule
+from ifpyro.core.files import write_tensors
 from ifpyro.data.support import support_from_dict
 from ifpyro.flow.axes.schedule import Schedule as AnySchedule
-from ifpyro.flow.file import write_tensors
 from ifpyro.flow.networks.images import build_velocity
-from ifpyro.flow.networks.velocity import MLP
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.solver.grid import Grid
 
 X = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
 FLOW = mlp_flow(3, torch.float32)

@@ -24,7 +24,7 @@ MINUTES = 300  # processes on a busy machine may take long to start
 
 
 def environment(**more):
-    here = Path(__file__).parent
+    here = Path(jobs_for_pools.__file__).parent
     path = os.pathsep.join([str(here), str(Path(ifpyro.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 

@@ -13,7 +13,7 @@ import ifpyro
 from flows_zoo import FLOWS, Counting, latents, mixture, mixture_density, mixture_flow, mlp_flow
 from ifpyro import FlowTransform
 from ifpyro.flow.distribution import InverseFlowTransform
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 KINDS = ["mixture 2", "image", "simplex", "stack"]
 

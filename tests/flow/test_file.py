@@ -10,11 +10,12 @@ from torch.distributions import constraints
 import ifpyro
 from flows_zoo import FLOWS, STACK, latents, mlp_flow, random_mlp
 from ifpyro import InflationaryFlow, Schedule
+from ifpyro.core.files import read_tensors, write_tensors
 from ifpyro.data.support import support_from_dict, support_to_dict
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.file import read_tensors, write_tensors
-from ifpyro.flow.networks.velocity import MLP, Velocity
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.networks.velocity import Velocity
+from ifpyro.flow.solver.grid import Grid
 
 SAVED = ["network 2", "network 8", "image", "positive image"]
 

@@ -22,8 +22,8 @@ from flows_zoo import (
 )
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.networks.velocity import MLP
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.solver.grid import Grid
 
 FINE = Grid(48)
 DTYPES = {"float32": torch.float32, "float64": torch.double}

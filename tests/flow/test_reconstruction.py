@@ -12,9 +12,9 @@ import ifpyro
 from flows_zoo import latents, mixture_density, mixture_flow, mlp_flow
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.reconstruction import lost, measure
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 from ifpyro.infer.model.batched import BatchedModel
 
 SD = torch.tensor([2.0, 1.0, 0.5, 0.25], dtype=torch.double)

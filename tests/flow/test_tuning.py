@@ -7,7 +7,7 @@ import torch
 
 import ifpyro
 from ifpyro import InflationaryFlow, Schedule
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 from ifpyro.flow.tuning import choose_grid, doubling_error, knots_for
 
 
@@ -39,7 +39,7 @@ def test_steps_are_dense_where_the_velocity_is_hard():
 
 def test_a_gaussian_flow_keeps_the_default_grid():
     basis, schedule = late_turning()[0].basis, Schedule.details_first()
-    flow = InflationaryFlow(basis, schedule, ifpyro.flow.networks.velocity.MLP(12, 8).double())
+    flow = InflationaryFlow(basis, schedule, ifpyro.flow.networks.mlp.MLP(12, 8).double())
     knots = knots_for(flow, torch.randn(8, 12, dtype=torch.double))
     torch.testing.assert_close(Grid(24, knots=knots).times(), Grid(24).times(), atol=0.01, rtol=0)
 

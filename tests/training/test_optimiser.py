@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.networks.mlp import MLP
 from ifpyro.training import Recipe
 from ifpyro.training.optimiser import LARGEST, OrthogonalMomentum, make_optimisers, orthogonal
 

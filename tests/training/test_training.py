@@ -9,7 +9,7 @@ from torch.distributions import MultivariateNormal, constraints
 import ifpyro
 from flows_zoo import mixture_flow, random_mlp
 from ifpyro import Schedule
-from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.networks.mlp import MLP
 from ifpyro.training import Recipe
 from ifpyro.training import loop as run
 

@@ -5,7 +5,8 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.networks.velocity import MLP, Velocity
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.networks.velocity import Velocity
 
 SCHEDULES = {
     "preserving": lambda dim: Schedule.preserving(),

@@ -21,9 +21,9 @@ from torch import Tensor
 from ..flow.axes.basis import Basis
 from ..flow.axes.schedule import Schedule
 from ..flow.flow import InflationaryFlow
-from ..flow.networks.velocity import MLP
+from ..flow.networks.mlp import MLP
 from ..flow.solver.fidelity import fidelity
-from ..flow.solver.steps import Grid
+from ..flow.solver.grid import Grid
 from ..flow.tuning import doubling_error, round_trip
 from .result import Row, by_evidence, by_size
 from .two_sample import (

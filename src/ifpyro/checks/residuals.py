@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 
 from ..flow.flow import InflationaryFlow
-from ..flow.networks.velocity import GaussianMixtureVelocity, Velocity
+from ..flow.networks.mixture import GaussianMixtureVelocity
+from ..flow.networks.velocity import Velocity
 from ..flow.solver.steps import build_solver, take
 
 
@@ -106,7 +107,7 @@ def path_errors(flow: InflationaryFlow, reference: Velocity, x: Tensor, steps: i
     Args:
         flow: a flow.
         reference: ``F*``, a velocity in the same coordinates and with the same angles, such as the exact
-            :class:`~ifpyro.flow.networks.velocity.GaussianMixtureVelocity`, or the network of another training.
+            :class:`~ifpyro.flow.networks.mixture.GaussianMixtureVelocity`, or the network of another training.
         x: data, ``(n, *event_shape)``.
         steps: solver steps, at whose nodes errors are taken.
     """

@@ -15,10 +15,11 @@ from tqdm.auto import tqdm
 
 from ..checks.checking import check
 from ..core.figures import save_figure
+from ..core.files import write_atomically
 from ..core.pool import Pool
 from ..data.files import load_rows, open_data
 from ..flow.axes.schedule import Schedule
-from ..flow.file import load_flow, write_atomically
+from ..flow.file import load_flow
 from ..training import fit
 
 OK, FAILED, INTERRUPTED = 0, 1, 130

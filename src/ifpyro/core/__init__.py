@@ -1,1 +1,1 @@
-"""What every other package may use and what knows nothing of flows: arguments, arrays, random state, processes, files."""
+"""What every other package may use and what knows nothing of flows: arguments, files, random state, processes."""

@@ -1,1 +1,1 @@
-"""Samples on their way in: validated, read piece by piece, constrained to a support, or simulated with known density."""
+"""Samples on their way in: validated, read piece by piece, constrained, or simulated with a known density."""

@@ -22,20 +22,22 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 
-from ..core.precision import Autocast, full_precision
+from ..core.precision import full_precision
 from ..data.support import bijection_of, from_free, to_free
 from . import trajectory as rescaled
 from .axes.basis import Basis
 from .axes.schedule import Angles, Schedule
 from .estimate import LogProbEstimate, estimate_log_prob, log_normal
+from .networks.autocast import Autocast
 from .networks.mixture import mixture_parts
 from .networks.velocity import Velocity
 from .solver.compiled import compile_step, try_compiled
 from .solver.cuda_graphs import Recordings
 from .solver.discrete_map import in_parts, solve_to_data, solve_to_latent
 from .solver.fidelity import Evaluations, current_fidelity
+from .solver.grid import Grid, cheap_grid
 from .solver.solvers import SolverCache, is_wrapped, weights_of
-from .solver.steps import Grid, Solver, Step, cheap_grid, solve_adaptive, take
+from .solver.steps import Solver, Step, solve_adaptive, take
 from .solver.traces import EXACT_UP_TO
 
 if TYPE_CHECKING:

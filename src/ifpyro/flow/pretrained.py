@@ -16,7 +16,7 @@ from .axes.separable import fits
 from .flow import InflationaryFlow
 from .networks.denoiser import DenoiserVelocity, check_prediction, flat
 from .networks.noise import Noise, Sigmas, as_noise, noise_from_dict
-from .solver.steps import Grid
+from .solver.grid import Grid
 from .tuning import choose_grid
 
 _ROWS = 256  # drawn from the flow to tune the solver, where there are no samples

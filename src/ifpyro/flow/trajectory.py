@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .solver.steps import Grid, take
+from .solver.grid import Grid
+from .solver.steps import take
 
 if TYPE_CHECKING:
     from .flow import InflationaryFlow

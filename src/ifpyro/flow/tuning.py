@@ -10,7 +10,8 @@ from torch import Tensor
 from ..core.precision import full_precision
 from .flow import InflationaryFlow
 from .solver.fidelity import fidelity
-from .solver.steps import Grid, take
+from .solver.grid import Grid
+from .solver.steps import take
 
 STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 MEASURED = 24  # steps whose errors are measured to place the others
@@ -66,7 +67,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
 @full_precision()
 def knots_for(flow: InflationaryFlow, z: Tensor) -> tuple[float, ...]:
     r"""The times at equal shares of the effort that decoding ``z`` takes: knots of a
-    :class:`~ifpyro.flow.solver.steps.Grid`.
+    :class:`~ifpyro.flow.solver.grid.Grid`.
 
     If the error of one step of length ``h`` at time ``t`` is ``c(t) h^(p+1)``, a given number of steps has the least
     sum of errors where their density is proportional to ``c^{1/(p+1)}``. Along the paths from ``z``, the error ``e_k``

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..flow.file import read_tensors, write_tensors
+from ..core.files import read_tensors, write_tensors
 from .loop import Run
 
 

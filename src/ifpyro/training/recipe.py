@@ -8,7 +8,8 @@ import torch
 
 from ..flow.axes.basis import Basis
 from ..flow.axes.schedule import Angles
-from ..flow.networks.velocity import MLP, Velocity
+from ..flow.networks.mlp import MLP
+from ..flow.networks.velocity import Velocity
 
 _INLET = 3.0  # first weights, in torch's own: large samples of few dimensions have fine structure, seen sooner so
 
@@ -64,7 +65,7 @@ class Recipe:
 
 
 def default_network(rows: int, dim: int) -> dict[str, Any]:
-    """Options of :class:`~ifpyro.flow.networks.velocity.MLP` for ``rows`` samples of ``dim`` columns."""
+    """Options of :class:`~ifpyro.flow.networks.mlp.MLP` for ``rows`` samples of ``dim`` columns."""
     small = dim <= 8
     width = 64 if small else 128 if dim <= 128 else 256
     if rows >= 5_000:
@@ -90,7 +91,7 @@ def make_network(network: Velocity | dict[str, Any] | None, rows: int, basis: Ba
         return made
     if not isinstance(network, Velocity):
         raise TypeError(
-            f"network expects an ifpyro.flow.networks.velocity.Velocity or options for MLP, got {type(network).__name__}"
+            f"network expects a Velocity or options for MLP, got {type(network).__name__}"
         )
     network = copy.deepcopy(network).requires_grad_(True).train().to(basis.scale)
     network.attach(basis, angles)

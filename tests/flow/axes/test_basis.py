@@ -11,8 +11,8 @@ import ifpyro
 from flows_zoo import random_mlp
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis, kind_for
-from ifpyro.flow.networks.velocity import MLP
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.solver.grid import Grid
 
 DOUBLE = torch.double
 

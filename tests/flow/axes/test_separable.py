@@ -14,8 +14,8 @@ from ifpyro import InflationaryFlow, Schedule
 from ifpyro.checks.questions import gaussian
 from ifpyro.flow.axes.basis import Basis, kind_for
 from ifpyro.flow.axes.separable import SeparableAxes
-from ifpyro.flow.networks.velocity import MLP
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.solver.grid import Grid
 
 DOUBLE = torch.double
 SHAPE = (2, 3, 5)

@@ -18,7 +18,8 @@ from ifpyro import Schedule
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.denoiser import PREDICTIONS, DenoiserVelocity
 from ifpyro.flow.networks.noise import Continuous, Sigmas, Table
-from ifpyro.flow.solver.steps import Grid, velocity_and_jacobian
+from ifpyro.flow.solver.grid import Grid
+from ifpyro.flow.solver.steps import velocity_and_jacobian
 
 GRID = Grid(14)
 TABLE = linear_table()

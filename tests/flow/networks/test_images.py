@@ -10,7 +10,7 @@ import ifpyro
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.images import ImageVelocity, build_velocity, unet
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 SHAPE = (2, 4, 4)
 

@@ -5,7 +5,8 @@ from flows_zoo import SCHEDULES, mixture_density, mixture_flow, mlp_flow, random
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.images import build_velocity
-from ifpyro.flow.networks.velocity import MLP, Velocity
+from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.networks.velocity import Velocity
 
 TIMES = torch.tensor([0.0, 0.05, 0.3, 0.7, 0.98], dtype=torch.double)
 

@@ -3,7 +3,7 @@ import torch
 
 from flows_zoo import FLOWS, Counting, latents, mlp_flow
 from ifpyro.flow.solver.checkpointing import recompute
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 NAMES = ["mixture 2", "network 8", "positive image"]
 

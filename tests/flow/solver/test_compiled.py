@@ -7,7 +7,7 @@ import ifpyro
 from flows_zoo import latents, mlp_flow, samples
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.velocity import Velocity
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 
 def test_compiled_steps_agree():

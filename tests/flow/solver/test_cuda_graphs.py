@@ -12,7 +12,7 @@ import torch
 from flows_zoo import latents, mlp_flow
 from ifpyro.flow.solver import cuda_graphs as recorded
 from ifpyro.flow.solver.cuda_graphs import MOST, Recordings
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 
 COUNTS = {"made": 0, "played": 0}
 

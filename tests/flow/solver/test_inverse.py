@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from ifpyro import InflationaryFlow, Schedule
+from ifpyro.flow.solver.grid import Grid
 from ifpyro.flow.solver.inverse import invert
-from ifpyro.flow.solver.steps import Grid, take
+from ifpyro.flow.solver.steps import take
 
 
 def two_clusters(dtype, steps=5):

@@ -6,10 +6,9 @@ import torch
 
 from flows_zoo import FLOWS, latents, mixture_flow, mlp_flow
 from ifpyro import Schedule
+from ifpyro.flow.solver.grid import TABLEAUX, Grid
 from ifpyro.flow.solver.inverse import invert
 from ifpyro.flow.solver.steps import (
-    TABLEAUX,
-    Grid,
     build_solver,
     divergence,
     take,

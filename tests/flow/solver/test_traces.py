@@ -11,7 +11,8 @@ from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.estimate import log_normal
 from ifpyro.flow.networks.velocity import Velocity
-from ifpyro.flow.solver.steps import Grid, build_solver, take_with_traces
+from ifpyro.flow.solver.grid import Grid
+from ifpyro.flow.solver.steps import build_solver, take_with_traces
 from ifpyro.flow.solver.traces import hutch_plus_plus, hutchinson
 
 DIM, ROWS, PROBES = 64, 240, 12

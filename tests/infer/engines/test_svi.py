@@ -16,7 +16,7 @@ from pyro.infer.autoguide import (
 from pyro.optim import ClippedAdam
 
 from ifpyro.flow.flow import InflationaryFlow
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 from ifpyro.infer.model.reparam import reparam
 
 MEAN = torch.tensor([1.0, -2.0])

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from ifpyro import HMC, MCMC, SMC, EllipticalSlice
+from ifpyro.core.errors import ModelError
 from ifpyro.infer.model.batched import BatchedModel
-from ifpyro.infer.model.layout import ModelError
 from ifpyro.infer.model.many import ManyDataSets
 from ifpyro.infer.model.reparam import reparam
 from ifpyro.infer.model.simulate import Simulate, with_data

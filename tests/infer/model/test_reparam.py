@@ -14,9 +14,9 @@ from pyro.poutine.runtime import _PYRO_STACK
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.axes.schedule import Schedule
 from ifpyro.flow.flow import InflationaryFlow
-from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.solver.fidelity import fidelity
-from ifpyro.flow.solver.steps import Grid
+from ifpyro.flow.solver.grid import Grid
 from ifpyro.infer.model.batched import BatchedModel
 from ifpyro.infer.model.density import log_density_and_grad
 from ifpyro.infer.model.reparam import has_flow, reparam

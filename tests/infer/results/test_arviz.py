@@ -16,7 +16,7 @@ from pyro.infer.reparam import TransformReparam
 import ifpyro.infer
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.networks.velocity import MLP
+from ifpyro.flow.networks.mlp import MLP
 from ifpyro.infer.results.arviz import pareto_k, to_arviz
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0])

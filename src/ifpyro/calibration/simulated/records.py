@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from ...flow.file import read_tensors, write_tensors
+from ...core.files import read_tensors, write_tensors
 from ..arrays import Array
 from .result import SBC
 

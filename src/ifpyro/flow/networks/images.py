@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from ..axes.basis import Basis
 from ..axes.schedule import Angles
-from .velocity import MLP, FramedVelocity, Velocity
+from .mlp import MLP
+from .velocity import FramedVelocity, Velocity
 
 _TIMES = 30.0  # radians of the fastest feature of time; with the 1000 of the DDPM family no fixed grid could follow it
 

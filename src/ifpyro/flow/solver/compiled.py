@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..networks.velocity import Velocity
+from .grid import Tableau
 from .solvers import weights_of
-from .steps import Step, Tableau, take
+from .steps import Step, take
 
 
 def compile_step(velocity: Velocity, options: dict[str, Any]) -> Callable[[Step, Tensor], Tensor]:

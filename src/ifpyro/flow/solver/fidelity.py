@@ -8,7 +8,7 @@ approximation of it for proposals. Samplers switch between the two without touch
     value = density(q)                 # the fine map again
 
 Samplers that look for the cheapest guide themselves ask for a number of *evaluations* of the velocity; a flow spends
-them by the Runge-Kutta method that makes most of so few (:func:`ifpyro.flow.solver.steps.cheap_grid`).
+them by the Runge-Kutta method that makes most of so few (:func:`ifpyro.flow.solver.grid.cheap_grid`).
 
 The choice lives in a context variable: it nests, it is restored on errors, and other threads do not see it.
 """
@@ -45,7 +45,7 @@ def fidelity(
         level: ``"fine"`` (the map that defines the model) or ``"coarse"`` (the cheap map for proposals).
         steps: instead of a level, an explicit number of solver steps for every flow.
         evaluations: instead of either, a number of evaluations of every flow's velocity, spent as
-            :func:`ifpyro.flow.solver.steps.cheap_grid` says.
+            :func:`ifpyro.flow.solver.grid.cheap_grid` says.
 
     Raises:
         ValueError: if not exactly one of the three is given, or it is out of range.

@@ -7,7 +7,8 @@ from torch import Tensor, nn
 
 from ..axes.schedule import Angles
 from ..networks.velocity import Velocity
-from .steps import Grid, Solver, build_solver
+from .grid import Grid
+from .steps import Solver, build_solver
 
 
 class SolverCache:

@@ -78,8 +78,8 @@ class Target:
     ) -> None:
         self.density = density
         self.families: int = getattr(density, "families", 1)
-        """Equal runs of consecutive rows, one per data set (`ifpyro.infer.model.many`); nothing is pooled across them, and
-        such a density is never given a part of its rows, but sees to its memory itself."""
+        """Equal runs of consecutive rows, one per data set (`ifpyro.infer.model.many`); nothing is pooled across
+        them, and such a density is never given a part of its rows, but sees to its memory itself."""
         self.batch_size = batch_size if self.families == 1 else None
         self.level: Level = LADDER[0] if level is None else level
         self._asked, self.agreement = level, agreement

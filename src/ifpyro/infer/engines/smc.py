@@ -148,8 +148,8 @@ class SMC(Draws):
             return self if shared is None else self.run_density(shared)
 
     def run_density(self, density: BatchedDensity, generator: torch.Generator | None = None) -> "SMC":
-        """Sample the posterior of a batched density; with many data sets (`ifpyro.infer.model.many`) all their posteriors,
-        each with islands of its own, and evidences are then those of `island_log_evidence` only."""
+        """Sample the posterior of a batched density; with many data sets (`ifpyro.infer.model.many`) all their
+        posteriors, each with islands of its own, and evidences are then those of `island_log_evidence` only."""
         self._density, self._positions = density, None
         generator = new_generator(density, self.seed) if generator is None else generator
         target = Target(density, self._batch_size, self.level, LOOSE)

@@ -19,11 +19,11 @@ import pyro
 import torch
 from torch import Tensor
 
+from ...core.errors import BatchingError, ModelError
 from ...core.precision import full_precision
 from ...core.randomness import seeded
 from .enumeration import sum_out
 from .examine import Enumerated, Model, Scan, check_arguments, scan
-from .layout import BatchingError, ModelError
 from .probe import collect_probes
 from .reparam import reparam
 from .runner import Batching, InChunks, Runner, Totals

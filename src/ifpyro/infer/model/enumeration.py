@@ -25,8 +25,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
+from ...core.errors import ModelError
 from .handlers import Evaluate
-from .layout import Layout, ModelError, is_deterministic
+from .layout import Layout, is_deterministic
 
 Model = Callable[..., Any]
 

@@ -14,10 +14,11 @@ from pyro.distributions import Delta
 from torch import Tensor
 from torch.distributions import biject_to, constraints, identity_transform
 
+from ...core.errors import ModelError
 from ...core.randomness import seeded
 from .enumeration import is_enumerated
 from .handlers import Evaluate, FromVector
-from .layout import LatentSite, Layout, ModelError, is_deterministic, split_mask, support_tensors
+from .layout import LatentSite, Layout, is_deterministic, split_mask, support_tensors
 from .runner import Runner
 
 Model = Callable[..., Any]

@@ -18,7 +18,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor
 from torch.distributions import Transform, biject_to
 
-from .layout import BatchingError, LatentSite, Layout, is_deterministic, scale_and_mask, split_mask
+from ...core.errors import BatchingError
+from .layout import LatentSite, Layout, is_deterministic, scale_and_mask, split_mask
 
 
 class Evaluate(Messenger):

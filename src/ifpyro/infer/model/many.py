@@ -18,11 +18,11 @@ import pyro
 import torch
 from torch import Tensor
 
+from ...core.errors import BatchingError
 from ...core.precision import full_precision
 from ...core.randomness import seeded
 from .batched import BatchedModel
 from .handlers import Evaluate
-from .layout import BatchingError
 from .probe import Probes
 from .runner import Batching, InChunks, Runner, Totals, gradient
 from .simulate import with_data

@@ -7,9 +7,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from ...core.errors import BatchingError, ModelError
 from .examine import check_reproducible, has_gaussian_prior, irrelevant_masked_sites
 from .handlers import Evaluate, FromPrior
-from .layout import BatchingError, Layout, ModelError
+from .layout import Layout
 from .runner import Runner, gradient
 
 _MAX_DRAWS = 256

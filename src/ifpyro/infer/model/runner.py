@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ...core.errors import BatchingError
 from .handlers import Evaluate, FromPrior, FromValues, FromVector
-from .layout import BatchingError, Layout
+from .layout import Layout
 
 Batching = Literal["plate", "vmap", "loop"]
 Totals = tuple[Tensor, Tensor]

@@ -11,7 +11,8 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-from .layout import BatchingError, ModelError, is_deterministic
+from ...core.errors import BatchingError, ModelError
+from .layout import is_deterministic
 
 
 def is_data(msg: Any) -> bool:

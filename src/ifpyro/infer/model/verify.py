@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...core.errors import BatchingError
 from .handlers import Evaluate, FromPrior
-from .layout import BatchingError
 from .probe import Probes
 from .runner import Batching, Runner
 

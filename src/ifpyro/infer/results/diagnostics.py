@@ -1,6 +1,6 @@
-"""Convergence figures for a finished run: ArviZ computes every one of them, reached through `ifpyro.infer.results.arviz`.
+"""Convergence figures for a finished run: ArviZ computes every one of them.
 
-That module sits above the engines, so it is imported when a figure is asked for and not before.
+It takes seconds to import, so it is imported when a figure is asked for and not before.
 """
 
 from typing import Any

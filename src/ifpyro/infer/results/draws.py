@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...core.arguments import check_choice, check_count
+from ...core.files import read_tensors, write_tensors
 from ...core.pool import Pool
-from ...flow.file import read_tensors, write_tensors
 from ...flow.solver.fidelity import fidelity
 from ..model.density import BatchedDensity
 from ..model.resolve import resolve_density
