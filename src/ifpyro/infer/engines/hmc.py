@@ -25,7 +25,7 @@ from .guided_density import Target
 from .hamiltonian import Info, State
 from .jumps import LEAST_JUMPS, MAX_DIM, GroupedProposal, IndependenceProposal, Proposal, jump, worthwhile_steps
 from .kernel import SHORT, Kernel, Stats
-from .metric import Metric, grouped_metric, metric_from_draws
+from .metric import Metric, grouped_metric, metric_from_draws, prior_metric
 from .smc import SMC
 
 WINDOWS = (0.15, 0.35, 0.65)
@@ -84,9 +84,10 @@ class HMC(Kernel[State]):
         """See `Kernel.begin`. Step, length and metric start from those of the particles if there are any."""
         self._target, self._generator = target, generator
         step_size, length = q.shape[1] ** -0.25, 1.5
-        self._metric = Metric(torch.ones_like(q[0]))
         self._proposal: Proposal | None = None
-        if particles is not None:
+        if particles is None:
+            self._metric = Metric(prior_metric(target.density, len(q), generator).scale.to(q.dtype))
+        else:
             step_size, length = particles.tuning.step_size, particles.tuning.length
             cloud = particles.pooled(particles.num_particles).chunk(target.families)
             self._metric = self._fit_metric(cloud)

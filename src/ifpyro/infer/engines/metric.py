@@ -14,6 +14,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..model.density import BatchedDensity
+
+
+BLOCKS = 8
+"""Runs of consecutive draws that the halves of a held-out comparison take in turn."""
+
+PRIOR_DRAWS = 64
+"""Least prior draws that a metric is fitted to."""
+
 
 class Metric(NamedTuple):
     """The map ``q = S w``."""
@@ -31,10 +40,15 @@ class Metric(NamedTuple):
         return gradient * self.scale if self.scale.ndim == 1 else self._by_group(gradient, lambda x, s: x @ s)
 
     def whiten(self, q: Tensor) -> Tensor:
-        """``S^{-1} q`` for rows ``q`` of shape ``(n, dim)``."""
+        """``S^{-1} q`` for rows ``q`` of shape ``(n, dim)``, in double precision on the way: along a narrow ridge the
+        terms all but cancel."""
         if self.scale.ndim == 1:
             return q / self.scale
-        return self._by_group(q, lambda x, s: torch.linalg.solve_triangular(s, x.mT, upper=False).mT)
+
+        def solve(rows: Tensor, scale: Tensor) -> Tensor:
+            return torch.linalg.solve_triangular(scale.double(), rows.double().mT, upper=False).mT
+
+        return self._by_group(q, solve).to(q.dtype)
 
     def _by_group(self, rows: Tensor, apply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         if self.scale.ndim == 2:
@@ -43,7 +57,11 @@ class Metric(NamedTuple):
 
 
 def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | None = None) -> Metric:
-    """The metric that whitens weighted draws, regularised towards its diagonal.
+    """The metric that whitens weighted draws, whatever the units of their axes.
+
+    Every axis is measured by its own standard deviation first; the correlation that remains is pulled towards no
+    correlation by as much as predicts held-out draws best (`_shrinkage`). Draws of a ridge, correlated to one part in a
+    million, keep their correlation; draws too few to tell lose it.
 
     Args:
         q: draws, ``(n, dim)``.
@@ -52,24 +70,57 @@ def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | 
             when their effective number is at least ``2 dim``.
     """
     num, dim = q.shape
-    weight = torch.full_like(q[:, 0], 1.0 / num) if weight is None else weight / weight.sum()
+    x = q.double()
+    weight = torch.full_like(x[:, 0], 1.0 / num) if weight is None else weight.double() / weight.double().sum()
     effective = float(1.0 / weight.square().sum())
-    centred = q - weight @ q
+    centred = x - weight @ x
     variance = weight @ centred.square()
-    # An axis on which all draws agree (resampled copies) would freeze; hold a floor relative to the other
-    # axes.
-    floor = 1e-6 * variance.max().clamp_min(1e-12)
-    variance = variance.clamp_min(floor)
+    # An axis on which all weighted draws agree (resampled copies) would freeze. What holds it is its own spread
+    # without the weights, or the last digit of its values: another axis may be measured in other units.
+    unweighted = (x - x.mean(0)).square().mean(0)
+    digit = torch.finfo(q.dtype).eps * x.abs().amax(0)
+    variance = torch.maximum(variance, torch.maximum(1e-6 * unweighted, digit.square()))
+    sd = torch.where(variance > 0, variance, 1.0).sqrt()
     if dense is None:
         dense = dim > 1 and effective >= 2 * dim
     if not dense:
-        return Metric(variance.sqrt())
-    # The draws' covariance has noise of relative size sqrt(dim / effective): pull it towards its diagonal.
-    keep = effective / (effective + dim)
-    covariance = keep * (centred * weight[:, None]).T @ centred
-    covariance.diagonal().copy_(variance * (1.0 + 1e-6))
-    factor, failed = torch.linalg.cholesky_ex(covariance)
-    return Metric(variance.sqrt()) if bool(failed) else Metric(factor)
+        return Metric(sd.to(q.dtype))
+    standard = centred / sd
+    correlation = (standard * weight[:, None]).T @ standard
+    shrinkage = _shrinkage(standard, weight)
+    correlation = (1 - shrinkage) * correlation
+    correlation.diagonal().fill_(1.0)
+    factor, failed = torch.linalg.cholesky_ex(correlation)
+    return Metric((sd if bool(failed) else sd[:, None] * factor).to(q.dtype))
+
+
+def _shrinkage(x: Tensor, weight: Tensor) -> float:
+    """How far to pull the correlation of standardised draws towards none, in ``(0, 1]``.
+
+    Each half of the draws predicts the other as a Gaussian, with every candidate in turn. A sample covariance errs
+    relative to the covariance itself, in every direction alike, so that no fixed share is right: it would swallow the
+    narrow direction of a ridge.
+
+    Args:
+        x: draws of mean 0 and variance 1 on every axis, ``(n, dim)``.
+        weight: their weights, which add up to 1, ``(n,)``.
+    """
+    # Blocks of consecutive draws, since neighbours may be copies of one another, and in turn, since the first draws of
+    # a chain may be unlike the last.
+    first = torch.arange(len(x), device=x.device) * BLOCKS // len(x) % 2 == 0
+    moments = []
+    for half in (first, ~first):
+        mass = weight[half] / weight[half].sum().clamp_min(1e-300)
+        centred = x[half] - mass @ x[half]
+        moments.append((centred * mass[:, None]).T @ centred)
+    candidates = torch.logspace(-14, 0, 57, dtype=x.dtype, device=x.device)[:, None]
+    score = torch.zeros_like(candidates[:, 0])
+    for fitted, held_out in (moments, moments[::-1]):
+        values, axes = torch.linalg.eigh(fitted)
+        values = (1 - candidates) * values.clamp_min(0.0) + candidates
+        score += (((axes.T @ held_out) * axes.T).sum(1) / values + values.log()).sum(1)
+    best = float(candidates[score.nan_to_num(torch.inf, torch.inf, torch.inf).argmin(), 0])
+    return best / (2.0 - best)  # twice the draws need half the pull
 
 
 def grouped_metric(draws: Sequence[Tensor], *, dense: bool | None = None) -> Metric:
@@ -99,3 +150,12 @@ def cross_fitted_metric(q: Tensor, weight: Tensor, groups: int, families: int = 
 
 def _stack(metrics: Sequence[Metric]) -> Metric:
     return Metric(torch.stack([m.scale if m.scale.ndim == 2 else m.scale.diag() for m in metrics]))
+
+
+def prior_metric(density: BatchedDensity, rows: int, generator: torch.Generator) -> Metric:
+    """A diagonal metric to start from where nothing is known: half the width that holds two thirds of at least
+    `PRIOR_DRAWS` prior draws, axis by axis; ``rows`` at a time."""
+    q = torch.cat([density.sample_prior(rows, generator) for _ in range(-(-PRIOR_DRAWS // rows))]).double()
+    low, high = q.quantile(torch.tensor([0.16, 0.84], dtype=q.dtype, device=q.device), 0)
+    scale = 0.5 * (high - low)
+    return Metric(torch.where((scale > 0) & scale.isfinite(), scale, 1.0))
