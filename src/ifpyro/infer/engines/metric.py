@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ..model.density import BatchedDensity
 
-
 BLOCKS = 8
 """Runs of consecutive draws that the halves of a held-out comparison take in turn."""
 
