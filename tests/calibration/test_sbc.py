@@ -1,6 +1,7 @@
 """Simulation-based calibration: right engines pass, wrong ones are caught, and nothing depends on how it was run."""
 
 import math
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,9 +14,9 @@ from scipy import stats
 
 import ifpyro
 from ifpyro.calibration import ManyHMC, ManySMC, Simulator
-from ifpyro.calibration.simulated import sbc
+from ifpyro.calibration.simulated.sbc import sbc, thin
 from ifpyro.calibration.simulated.problems import LOG_LIKELIHOOD
-from ifpyro.calibration.simulated.sbc import thin
+from ifpyro.core.files import read_tensors, write_tensors
 from ifpyro.flow.solver.grid import Grid
 
 NOISE = 0.5
@@ -138,11 +139,84 @@ def test_a_run_takes_up_where_the_last_one_ended(tmp_path):
     assert len(calls) == 11  # ten new ones, and one old one to see that the model is still the same
     assert np.array_equal(again.ranks, run(posterior(), 30).ranks)
     assert np.array_equal(run(counted, 10, path=path).ranks, again.ranks[:10])
+    assert len(calls) == 12
     with pytest.raises(ValueError, match="seed 0, not 1"):
         run(posterior(), 30, path=path, seed=1)
     other = Simulator(lambda rng: (rng.normal(size=2) + 3, rng.normal(size=2)), log_likelihood)
     with pytest.raises(ValueError, match="another model"):
         run(posterior(), 40, path=path, simulator=other)
+
+
+def test_a_finished_file_vouches_for_no_other_model_or_engine(tmp_path):
+    """All simulations are there, so nothing need be run; what never ran must be told apart nevertheless."""
+    path = tmp_path / "sbc.safetensors"
+    run(posterior(), 20, path=path)
+    content = path.read_bytes()
+    with pytest.raises(
+        ValueError, match=r"another engine: .*posterior.* gave simulation 0 of seed 0 the posterior mean"
+    ):
+        run(posterior(0.5), 20, path=path)
+    with pytest.raises(ValueError, match="another engine"):
+        run(prior_only, 20, path=path)
+    other = Simulator(lambda rng: (rng.normal(size=2) + 3, rng.normal(size=2)), log_likelihood)
+    with pytest.raises(ValueError, match="another model"):
+        run(posterior(), 20, path=path, simulator=other)
+    noisier = Simulator(simulate, lambda theta, data: log_likelihood(theta, data) + 1)
+    with pytest.raises(ValueError, match="another model"):
+        run(posterior(), 20, path=path, simulator=noisier)
+    assert path.read_bytes() == content
+
+
+def test_engines_of_many_data_sets_are_told_apart(tmp_path):
+    """Their draws depend on the block, so that those of one simulation alone agree within their error only."""
+    options = {"args": (torch.zeros(2),), "path": tmp_path / "sbc.safetensors", "progress": False}
+    found = sbc(model, ManySMC(64, 2), 10, **options)
+    assert np.array_equal(sbc(model, ManySMC(64, 2), 10, **options).ranks, found.ranks)
+    for engine in (ManySMC(128, 2), ManyHMC(chains=2, warmup=20, draws=20, particles=16)):
+        with pytest.raises(ValueError, match=r"another engine: ManySMC\(particles=64"):
+            sbc(model, engine, 10, **options)
+    with pytest.raises(ValueError, match="another model"):
+        sbc(model, ManySMC(64, 2), 10, **{**options, "args": (torch.zeros(3, 2),)})
+
+
+def test_an_engine_with_randomness_of_its_own_may_go_on(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def unseeded(y):
+        return posterior()(y, int(rng.integers(2**31)))
+
+    def shifted(y):
+        return unseeded(y) + 5
+
+    path = tmp_path / "sbc.safetensors"
+    run(unseeded, 10, path=path)
+    assert run(unseeded, 12, path=path).num_simulations == 12
+    shifted.__qualname__ = unseeded.__qualname__
+    with pytest.raises(ValueError, match="another engine"):
+        run(shifted, 12, path=path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("mean", torch.zeros(3)), ("truth", torch.full((4, 3), torch.nan)), ("index", None)]
+)
+def test_a_forged_file_is_refused(tmp_path, field, value):
+    path = tmp_path / "sbc.safetensors"
+    run(posterior(), 4, path=path)
+    tensors, header = read_tensors(path, "sbc")
+    tensors.pop(field)
+    write_tensors(path, tensors if value is None else {**tensors, field: value}, "sbc", header)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        run(posterior(), 4, path=path)
+
+
+def test_a_full_disk_does_not_end_the_simulations(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ifpyro.calibration.simulated.records.write_tensors", full)
+    with pytest.warns(UserWarning, match="No space left on device; the simulations go on"):
+        found = run(posterior(), 4, path=tmp_path / "sbc.safetensors")
+    assert found.num_simulations == 4
 
 
 def test_an_interrupted_run_keeps_what_is_finished(tmp_path):

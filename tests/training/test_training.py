@@ -1,3 +1,4 @@
+import signal
 import time
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ from torch.distributions import MultivariateNormal, constraints
 import ifpyro
 from flows_zoo import mixture_flow, random_mlp
 from ifpyro import Schedule
+from ifpyro.core.files import read_tensors, write_tensors
 from ifpyro.flow.networks.mlp import MLP
+from ifpyro.flow.networks.velocity import Velocity
 from ifpyro.training import Recipe
 from ifpyro.training import loop as run
 
@@ -90,19 +93,158 @@ def test_a_finished_checkpoint_is_the_result(rows, tmp_path):
     assert_same(whole, ifpyro.fit(rows, checkpoint=tmp_path / "checkpoint", **OPTIONS))
 
 
-def test_checkpoints_of_other_trainings_are_refused(rows, tmp_path):
+class Bent(Velocity):
+    """A network of a user's own, whose bend its weights do not show."""
+
+    def __init__(self, bend):
+        super().__init__()
+        self.layer, self.bend = torch.nn.Linear(2, 2), bend
+
+    def embed(self, t):
+        return t[:, None].to(self.layer.weight)
+
+    def forward(self, y, embedding):
+        return embedding * self.bend(self.layer(y))
+
+
+OTHER = {
+    "seed": {"seed": 5},
+    "schedule": {"schedule": Schedule.preserving()},
+    "recipe": {"recipe": replace(QUICK, matrix_rate=0.0)},
+    "network": {"network": {"width": 8, "blocks": 1, "dropout": 0.1}},
+    "network, .*dropout": {"network": {"width": 16, "blocks": 1, "dropout": 0.2}},
+    "basis": {"basis": "identity"},
+    "basis, own_units": {"own_units": True},
+    "data": {"validation": 0.2},
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_checkpoints_of_other_trainings_are_refused(rows, tmp_path, what):
+    """Everything that decides the result is compared, whether or not it changes the shape of a weight."""
     checkpoint = tmp_path / "checkpoint"
     ifpyro.fit(rows, checkpoint=checkpoint, max_steps=2, **OPTIONS)
-    with pytest.raises(ValueError, match="another training"):
-        ifpyro.fit(rows, checkpoint=checkpoint, **{**OPTIONS, "seed": 5})
-    with pytest.raises(ValueError, match="another training"):
-        ifpyro.fit(rows[:100], checkpoint=checkpoint, **OPTIONS)
-    with pytest.raises(ValueError, match="another network"):
-        ifpyro.fit(rows, checkpoint=checkpoint, **{**OPTIONS, "network": {"width": 8}})
-    with pytest.raises(ValueError, match="another recipe"):
-        ifpyro.fit(rows, checkpoint=checkpoint, **{**OPTIONS, "recipe": replace(QUICK, matrix_rate=0.0)})
-    with pytest.raises(ValueError, match="another training"):
-        ifpyro.fit(rows.flip(0) + 1, checkpoint=checkpoint, **OPTIONS)
+    content = checkpoint.read_bytes()
+    with pytest.raises(ValueError, match=f"another training: .*(other|another) {what}"):
+        ifpyro.fit(rows, checkpoint=checkpoint, **{**OPTIONS, **OTHER[what]})
+    assert checkpoint.read_bytes() == content
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:100], lambda x: x.flip(0) + 1, lambda x: x.double()])
+def test_checkpoints_of_other_data_are_refused(rows, tmp_path, change):
+    checkpoint = tmp_path / "checkpoint"
+    ifpyro.fit(rows, checkpoint=checkpoint, max_steps=2, **OPTIONS)
+    with pytest.raises(ValueError, match=r"another training: .*other data"):
+        ifpyro.fit(change(rows), checkpoint=checkpoint, **OPTIONS)
+
+
+def test_held_out_rows_of_another_run_are_refused(rows, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    ifpyro.fit(rows, validation=rows[:40], checkpoint=checkpoint, max_steps=2, **OPTIONS)
+    with pytest.raises(ValueError, match=r"another training: .*other data"):
+        ifpyro.fit(rows, validation=rows[:40] + 0.1, checkpoint=checkpoint, **OPTIONS)
+
+
+def test_a_network_of_the_users_own_that_computes_something_else_is_refused(rows, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    ifpyro.fit(rows, checkpoint=checkpoint, max_steps=2, **{**OPTIONS, "network": Bent(torch.tanh)})
+    ifpyro.fit(rows, checkpoint=checkpoint, max_steps=4, **{**OPTIONS, "network": Bent(torch.tanh)})
+    with pytest.raises(ValueError, match="another training: another network, which gives other velocities"):
+        ifpyro.fit(rows, checkpoint=checkpoint, max_steps=4, **{**OPTIONS, "network": Bent(torch.sin)})
+
+
+def test_a_checkpoint_may_be_trained_for_longer(rows, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    ifpyro.fit(rows, checkpoint=checkpoint, max_steps=10, **OPTIONS)
+    assert ifpyro.fit(rows, checkpoint=checkpoint, max_steps=20, **OPTIONS).report["training"]["steps"] == 20
+
+
+def forge(path, change):
+    tensors, header = read_tensors(path, "checkpoint")
+    change(tensors, header)
+    write_tensors(path, tensors, "checkpoint", header)
+
+
+FORGED = {
+    "no step": lambda tensors, header: header.pop("step"),
+    "history": lambda tensors, header: header.update(history=[3]),
+    "training": lambda tensors, header: header.update(training=["seed"]),
+    "no random state": lambda tensors, header: tensors.pop("rng"),
+    "best weights": lambda tensors, header: tensors.update({"best.inlet.bias": torch.zeros(3)}),
+    "optimiser": lambda tensors, header: tensors.update({"optimiser.0.x.y": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_a_forged_checkpoint_is_refused(rows, tmp_path, what):
+    checkpoint = tmp_path / "checkpoint"
+    ifpyro.fit(rows, checkpoint=checkpoint, max_steps=2, **OPTIONS)
+    forge(checkpoint, FORGED[what])
+    with pytest.raises(ValueError, match="checkpoint"):
+        ifpyro.fit(rows, checkpoint=checkpoint, **OPTIONS)
+
+
+def test_a_full_disk_does_not_end_a_training(rows, tmp_path, monkeypatch):
+    whole = ifpyro.fit(rows, **OPTIONS)
+    monkeypatch.setattr(run, "SAVE_EVERY", 0.0)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    calls = []
+
+    def fsync(handle):  # the first writes, those that ask whether it can be done at all, pass
+        calls.append(handle)
+        if len(calls) > 2:
+            full(handle)
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.warns(UserWarning, match="checkpoint cannot be written: No space left on device; training goes on"):
+        assert_same(whole, ifpyro.fit(rows, checkpoint=tmp_path / "checkpoint", **OPTIONS))
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]  # the first one, and no half of another
+
+
+def test_a_checkpoint_that_cannot_be_written_is_noticed_before_training(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "velocity_loss", None)  # would fail
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        ifpyro.fit(rows, checkpoint=tmp_path / "nowhere" / "checkpoint", **OPTIONS)
+    with pytest.raises(ValueError, match="is a folder"):
+        ifpyro.fit(rows, checkpoint=tmp_path, **OPTIONS)
+
+
+def test_a_real_ctrl_c_waits_for_the_end_of_a_step(rows, tmp_path, monkeypatch):
+    """Inside a validation, where three numbers change together: whoever goes on must not know of it."""
+    whole = ifpyro.fit(rows, **OPTIONS)
+    original, calls = run.Run._validate, []
+
+    def validate(self):
+        calls.append(None)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)
+        original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Run, "_validate", validate)
+        stopped = ifpyro.fit(rows, checkpoint=tmp_path / "checkpoint", **OPTIONS)
+    assert stopped.report["training"]["stopped"] == "interrupted"
+    assert stopped.report["training"]["steps"] == 20
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert_same(whole, ifpyro.fit(rows, checkpoint=tmp_path / "checkpoint", **OPTIONS))
+
+
+@pytest.mark.parametrize("name", ["choose_grid", "latent_power"])
+def test_ctrl_c_after_the_last_step_keeps_the_flow(rows, monkeypatch, name):
+    whole = ifpyro.fit(rows, **OPTIONS)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"ifpyro.training.fitting.{name}", interrupted)
+    with pytest.warns(UserWarning, match="interrupted after the training"):
+        flow = ifpyro.fit(rows, **OPTIONS)
+    assert flow.report["training"]["stopped"] == "max_steps"
+    torch.testing.assert_close(flow.log_prob(rows), whole.log_prob(rows), rtol=0, atol=0.02)
+    torch.testing.assert_close(flow.decode(flow.encode(rows)), rows, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("call", [1, 2, 30])

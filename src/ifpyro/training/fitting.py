@@ -1,6 +1,7 @@
 """``fit``: from samples to a flow."""
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributions.constraints import Constraint
 
+from ..core.files import check_writable
 from ..core.pool import Pool
 from ..core.randomness import seeded
 from ..data.samples import as_samples
@@ -20,7 +22,8 @@ from ..flow.axes.basis import Basis
 from ..flow.axes.schedule import Schedule
 from ..flow.flow import InflationaryFlow
 from ..flow.networks.velocity import Velocity
-from ..flow.tuning import choose_grid, latent_power
+from ..flow.solver.grid import Grid
+from ..flow.tuning import MOST_REFINEMENTS, MOST_STEPS, choose_grid, latent_power
 from . import checkpoint as checkpoints
 from .in_memory import Data, InMemory, free_rows
 from .loop import Run
@@ -49,7 +52,8 @@ def fit(
 ) -> InflationaryFlow:
     """Train an inflationary flow on samples.
 
-    Ctrl-C ends training early and returns the best flow so far.
+    Ctrl-C ends training early and returns the best flow so far; after the training it ends the measurements that choose
+    the solver's steps, and returns the flow with steps enough for most.
 
     Args:
         x: samples, array or tensor of shape ``(N, *event)``; or data that need not fit into memory: a memory-mapped
@@ -72,8 +76,9 @@ def fit(
             quantities wants and an image does not; by default where standard deviations differ tenfold or more.
         recipe: the optimiser's numbers; chosen from the size of the data by default.
         tolerance: accepted error of the solver, in standard deviations of the data (see :mod:`ifpyro.flow.tuning`).
-        checkpoint: a file that is written about every half minute; if it exists, training resumes from it. Several
-            processes must all see it.
+        checkpoint: a file that is written about every half minute; if it exists, training resumes from it, provided
+            that data, seed, schedule, recipe, network and axes are those of the training that wrote it; the limits may
+            be others. Several processes must all see it.
         pool: the processes that train together, ``Pool.join()`` under ``torchrun`` or ``accelerate launch``: all call
             ``fit`` with the same arguments, all get the flow, and the result is that of one process up to rounding
             (and dropout). ``batch`` of the recipe counts the rows of all. Every process needs the data, of which it
@@ -93,6 +98,8 @@ def fit(
         PoolError: if another process has died.
     """
     _check_limits(max_steps, max_seconds, tolerance)
+    if checkpoint is not None:
+        check_writable(checkpoint)
     pool = Pool() if pool is None else pool
     progress = progress and pool.rank == 0
     schedule = schedule or Schedule.details_first()
@@ -122,9 +129,10 @@ def fit(
             data.fingerprint(),
             pool,
         )
+        training = checkpoints.identity(run, schedule, seed)
         if checkpoint is not None and pool.share_bytes(b"yes" if Path(checkpoint).exists() else b"no") == b"yes":
-            checkpoints.restore(run, checkpoint, seed)
-        save = None if checkpoint is None or pool.rank else partial(checkpoints.save, run, checkpoint, seed)
+            checkpoints.restore(run, checkpoint, training)
+        save = None if checkpoint is None or pool.rank else partial(checkpoints.save, run, checkpoint, training)
         stopped = run.train(limit, max_seconds, progress, save)
     flow = InflationaryFlow(
         axes,
@@ -137,10 +145,10 @@ def fit(
                 "rows": data.count,
                 "validation_rows": len(data.held_out),
                 "steps": run.step,
-                "best_step": run.best_step,
+                "best_step": run.best.step,
                 "samples_seen": run.step * recipe.batch,
                 "seconds": round(run.seconds, 2),
-                "validation_loss": run.best_loss,
+                "validation_loss": run.best.loss,
                 "validation_loss_gaussian": run.gaussian_loss(),
                 "history": run.history,
                 "stopped": stopped,
@@ -149,11 +157,28 @@ def fit(
             }
         },
     )
-    choose_grid(flow, data.held_out if len(data.held_out) >= 32 else data.first, tolerance)
-    flow.report["training"]["latents"] = latent_power(flow, data.kept)
-    if flow.basis.principal:
-        flow.report["reconstruction"] = reconstruction.measure(flow, data.kept, data.held_out)
+    try:
+        choose_grid(flow, data.held_out if len(data.held_out) >= 32 else data.first, tolerance)
+        flow.report["training"]["latents"] = latent_power(flow, data.kept)
+        if flow.basis.principal:
+            flow.report["reconstruction"] = reconstruction.measure(flow, data.kept, data.held_out)
+    except KeyboardInterrupt:
+        if pool.size > 1:
+            raise
+        told = _left_untuned(flow)
+        warnings.warn(f"interrupted after the training, while the flow was measured: {told}", stacklevel=2)
     return flow
+
+
+def _left_untuned(flow: InflationaryFlow) -> str:
+    """See that a flow is solved well although nobody has measured how finely it must be; says how."""
+    if "numerics" in flow.report:
+        return "its solver is tuned; flow.report lacks the reconstruction errors or the power of the latents"
+    flow.grid, flow.coarse_steps, flow.refinements = Grid(MOST_STEPS), MOST_STEPS // 2, MOST_REFINEMENTS
+    return (
+        f"it is solved in {MOST_STEPS} even steps, more than most flows need; tune it with "
+        "ifpyro.flow.tuning.choose_grid(flow, held_out_rows, tolerance)"
+    )
 
 
 def _given(basis: Basis, data: Data, support: Constraint | None) -> Basis:

@@ -75,7 +75,9 @@ class InMemory:
 
     def fingerprint(self) -> str:
         """See :meth:`Data.fingerprint`."""
-        return hashlib.sha256(self._train.cpu().numpy().tobytes()).hexdigest()[:16]
+        digest = hashlib.sha256(self._train.cpu().numpy().tobytes())
+        digest.update(self._held_out.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
 
 def unlike_units(sd: Tensor) -> bool:

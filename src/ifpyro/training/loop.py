@@ -12,13 +12,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..core.files import try_to_write
 from ..core.pool import Pool
 from ..core.randomness import seeded
+from ..core.signals import Asked, interrupt_noted
 from ..flow.axes.schedule import Angles
 from ..flow.networks.velocity import Velocity
 from .loss import noised_rows, velocity_loss
@@ -26,7 +29,18 @@ from .optimiser import make_optimisers
 from .recipe import Recipe
 from .rows import Rows
 
+SAVE_EVERY = 30.0
+"""Seconds between two checkpoints."""
+
 _WARM_UP = 0.03  # share of the run in which the learning rate rises
+
+
+class Best(NamedTuple):
+    """The averaged network with the lowest validation loss so far; replaced as a whole."""
+
+    loss: float
+    step: int
+    weights: dict[str, Tensor]
 
 
 @dataclass
@@ -43,8 +57,6 @@ class Run:
     pool: Pool = field(default_factory=Pool)
     step: int = 0
     seconds: float = 0.0
-    best_loss: float = math.inf
-    best_step: int = 0
     history: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -56,9 +68,10 @@ class Run:
         self.average = copy.deepcopy(self.net).requires_grad_(False)
         self._weights: list[Tensor] = list(self.net.parameters())
         self._averages: list[Tensor] = list(self.average.parameters())
-        self.best = {name: value.clone() for name, value in self.net.state_dict().items()}
+        self.best = Best(math.inf, 0, {name: value.clone() for name, value in self.net.state_dict().items()})
         self.validation = noised_rows(self.held_out, self.angles, recipe.time_power)
         self._stop: float | bool = False
+        self._asked: Asked | bool = False  # whether Ctrl-C has come
         self._clock = 0.0  # of this process; ``seconds`` is what all go by
         self.resume_at: dict[str, Tensor] | None = self.place()  # None in the middle of an update
 
@@ -73,67 +86,67 @@ class Run:
 
         ``save`` writes a checkpoint; it is called about every half minute and at the end.
         """
-        before, start, saved = self.seconds, time.monotonic(), time.monotonic()
-        bar = tqdm(total=max_steps, initial=self.step, disable=not progress, desc="fit", unit="step")
-        if not self.history or (self.step % self.recipe.check_every == 0 and self.history[-1][0] != self.step):
-            self._validate()
-        stopped = "max_steps"
-        try:
-            while self.step < max_steps:
-                share = (self.step + 1) / max_steps
-                if max_seconds is not None:
-                    share = max(share, self.seconds / max_seconds)
-                    if self.seconds >= max_seconds:
-                        stopped = "max_seconds"
-                        break
-                if not self._descend(share):
-                    stopped = "diverged"
-                    warnings.warn(
-                        f"the training loss became NaN or infinite at step {self.step}; the best flow so far is "
-                        "returned. Lower the rate: fit(..., recipe=Recipe(rate=...))",
-                        stacklevel=3,
-                    )
-                    break
-                self.step += 1
-                self.resume_at = self.place()
-                self._clock = before + time.monotonic() - start
-                if self.pool.size == 1:
-                    self.seconds = self._clock
-                bar.update()
-                if self.step % self.recipe.check_every == 0 or self.step == max_steps:
-                    self._validate()
-                    bar.set_postfix(loss=f"{self.history[-1][1]:.4f}", best=f"{self.best_loss:.4f}")
-                    if self.step - self.best_step > self.recipe.patience:
-                        stopped = "patience"
-                        break
-                    if save is not None and time.monotonic() - saved > 30:
-                        save()
-                        saved = time.monotonic()
-                if self._stop and self.step < max_steps:
-                    stopped = "interrupted"
-                    break
-        except KeyboardInterrupt:
-            if self.pool.size > 1:  # the others may be waiting for anything
-                raise
-            stopped = "interrupted"
-        finally:
-            bar.close()
-        # Saved as an uninterrupted run would have passed here: before a validation that it would not have made, and
-        # not at all from the middle of an update, when the last checkpoint is the better one.
-        if save is not None and self.resume_at is not None:
-            save()
-        if self.step and self.history[-1][0] != self.step and stopped != "diverged":
-            self._validate()
+        with interrupt_noted() as asked:
+            self._asked = asked
+            bar = tqdm(total=max_steps, initial=self.step, disable=not progress, desc="fit", unit="step")
+            try:
+                stopped = self._steps(max_steps, max_seconds, bar, save)
+            except KeyboardInterrupt:
+                if self.pool.size > 1:  # the others may be waiting for anything
+                    raise
+                if not self.history:
+                    raise  # not even the Gaussian has been looked at
+                stopped = "interrupted"
+            finally:
+                bar.close()
+            # Saved as an uninterrupted run would have passed here: before a validation that it would not have made,
+            # and not at all from the middle of an update, when the last checkpoint is the better one.
+            if save is not None and self.resume_at is not None:
+                try_to_write(save, "the training is not lost")
+            if self.step and self.history[-1][0] != self.step and stopped != "diverged":
+                self._validate()
         return stopped
 
-    @property
-    def shape(self) -> list[int]:
-        """Rows and columns, as far as a checkpoint must agree with them."""
-        return [self.count, self.rows.dim]
+    def _steps(self, max_steps: int, max_seconds: float | None, bar: Any, save: Callable[[], None] | None) -> str:
+        before, start, saved = self.seconds, time.monotonic(), time.monotonic()
+        if not self.history or (self.step % self.recipe.check_every == 0 and self.history[-1][0] != self.step):
+            self._validate()
+        while self.step < max_steps:
+            share = (self.step + 1) / max_steps
+            if max_seconds is not None:
+                share = max(share, self.seconds / max_seconds)
+                if self.seconds >= max_seconds:
+                    return "max_seconds"
+            if not self._descend(share):
+                warnings.warn(
+                    f"the training loss became NaN or infinite at step {self.step}; the best flow so far is "
+                    "returned. Lower the rate: fit(..., recipe=Recipe(rate=...))",
+                    stacklevel=4,
+                )
+                return "diverged"
+            self.step += 1
+            self.resume_at = self.place()
+            self._clock = before + time.monotonic() - start
+            if self.pool.size == 1:
+                self.seconds = self._clock
+            bar.update()
+            if self.step % self.recipe.check_every == 0 or self.step == max_steps:
+                self._validate()
+                bar.set_postfix(loss=f"{self.history[-1][1]:.4f}", best=f"{self.best.loss:.4f}")
+                if self.step - self.best.step > self.recipe.patience:
+                    return "patience"
+                if save is not None and time.monotonic() - saved > SAVE_EVERY:
+                    try_to_write(save, "training goes on")
+                    saved = time.monotonic()
+            if self.pool.size == 1:
+                self._stop = self.pool.interrupted or bool(self._asked)
+            if self._stop and self.step < max_steps:
+                return "interrupted"
+        return "max_steps"
 
     def best_network(self) -> Velocity:
         """The averaged network with the lowest validation loss."""
-        self.net.load_state_dict(self.best)
+        self.net.load_state_dict(self.best.weights)
         return self.net
 
     def _descend(self, share: float) -> bool:
@@ -174,11 +187,12 @@ class Run:
         """Average the gradients of all processes; whether their loss is finite. They also agree on the time, which is
         that of the first, and on whether to stop."""
         if self.pool.size == 1:
-            self._stop = self.pool.interrupted
             return bool(loss.isfinite())
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         clock = self._clock if self.pool.rank == 0 else 0.0
-        others = torch.stack([loss, loss.new_tensor(clock), loss.new_tensor(float(self.pool.interrupted))])
+        others = torch.stack(
+            [loss, loss.new_tensor(clock), loss.new_tensor(float(self.pool.interrupted or bool(self._asked)))]
+        )
         sums = self.pool.sum(torch.cat([*(g.flatten() for g in gradients), others]))
         for gradient, part in zip(gradients, sums[:-3].split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(part.view_as(gradient) / self.pool.size)
@@ -215,7 +229,6 @@ class Run:
         with torch.no_grad():
             own = velocity_loss(network, rows[mine], noise[mine], theta[mine], network.embed(t[mine]))
         [loss] = self.pool.totals([float(own) * ((mine.stop - mine.start) / len(rows))])
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, self.step
-            self.best = {name: value.clone() for name, value in network.state_dict().items()}
+        if loss < self.best.loss:
+            self.best = Best(loss, self.step, {name: value.clone() for name, value in network.state_dict().items()})
         self.history.append((self.step, loss))

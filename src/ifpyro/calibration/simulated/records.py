@@ -1,12 +1,13 @@
 """Finished simulations: in memory, and in one file that survives a crash."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ...core.files import read_tensors, write_tensors
+from ...core.files import read_tensors, reading, write_tensors
 from ..arrays import Array
 from .result import SBC
 
@@ -22,10 +23,11 @@ class Records:
 
     Args:
         seed: of the run they belong to.
+        engine: what the engine calls itself.
     """
 
-    def __init__(self, seed: int) -> None:
-        self.seed = seed
+    def __init__(self, seed: int, engine: str = "") -> None:
+        self.seed, self.engine = seed, engine
         self.names: tuple[str, ...] = ()
         self._rows: dict[int, dict[str, Array]] = {}
 
@@ -56,13 +58,37 @@ class Records:
         self.names = names
         self._rows[index] = {name: np.asarray(getattr(row, name), dtype=np.float64) for name in FIELDS}
 
-    def check(self, truth: Array) -> None:
-        """Raises ``ValueError`` unless the first simulation had this truth."""
-        before = self._rows[self.first]["truth"]
-        if before.shape != truth.shape or not np.allclose(before, truth, rtol=1e-4, atol=1e-6):
+    def check(self, run: Callable[[int], "Ranked"], engine: str, alone: bool) -> None:
+        """Refuse to go on from these simulations unless the first one, made again, comes out as it did.
+
+        Its truth shows another model, other arguments or other data, since the log-likelihood is part of it; its
+        posterior another engine. An engine of the same name whose draws depend on more than the seed need only agree
+        within Monte Carlo error.
+
+        Args:
+            run: makes a simulation.
+            engine: what the engine now calls itself.
+            alone: whether a simulation does not depend on those made with it.
+
+        Raises:
+            ValueError: if model or engine are others.
+        """
+        row, name = self._rows[self.first], f"simulation {self.first} of seed {self.seed}"
+        again = run(self.first)
+        advice = "choose another path, or delete the file"
+        truth = np.asarray(again.truth)
+        if row["truth"].shape != truth.shape or not np.allclose(row["truth"], truth, rtol=1e-4, atol=1e-6):
             raise ValueError(
-                f"the file holds simulations of another model, or of other arguments: simulation {self.first} of seed "
-                f"{self.seed} had the truth {before}, now {truth}; choose another path, or delete the file"
+                f"the file holds simulations of another model, or of other arguments: {name} had the truth "
+                f"{row['truth']}, now {truth}; {advice}"
+            )
+        if _same(row, new := _numbers(again)):
+            return
+        repeatable = alone and _same(new, _numbers(run(self.first)))
+        if repeatable or engine != self.engine or not _agree(row, new):
+            raise ValueError(
+                f"the file holds simulations of another engine: {self.engine or 'one without a name'} gave {name} the "
+                f"posterior mean {row['mean']}, {engine} gives {new['mean']}; {advice}"
             )
 
     def result(self, prob: float, most: int) -> SBC:
@@ -76,7 +102,7 @@ class Records:
         order = sorted(self._rows)
         tensors = {name: torch.as_tensor(np.stack([self._rows[i][name] for i in order])) for name in FIELDS}
         tensors["index"] = torch.tensor(order)
-        write_tensors(path, tensors, KIND, {"names": list(self.names), "seed": self.seed})
+        write_tensors(path, tensors, KIND, {"names": list(self.names), "seed": self.seed, "engine": self.engine})
 
     @classmethod
     def load(cls, path: str | Path, seed: int) -> "Records":
@@ -86,10 +112,33 @@ class Records:
             ValueError: if the file is damaged, foreign, or of another seed.
         """
         tensors, header = read_tensors(path, KIND)
-        if header["seed"] != seed:
-            raise ValueError(f"{path} holds simulations of seed {header['seed']}, not {seed}; choose another path")
-        records = cls(seed)
-        records.names = tuple(header["names"])
-        for row, index in enumerate(tensors["index"].tolist()):
-            records._rows[index] = {name: tensors[name][row].numpy() for name in FIELDS}
+        with reading(path, "simulations"):
+            if header["seed"] != seed:
+                raise ValueError(f"{path} holds simulations of seed {header['seed']}, not {seed}; choose another path")
+            records = cls(seed, str(header.get("engine", "")))
+            records.names = tuple(map(str, header["names"]))
+            indices, rows, count = tensors["index"].tolist(), len(tensors["index"]), len(records.names)
+            for field in FIELDS:
+                wanted = (rows,) if field == "ess" else (rows, count)
+                if tensors[field].shape != wanted or not bool(tensors[field].isfinite().all()):
+                    raise ValueError(f"{path} is damaged: {field!r} must hold {wanted} finite numbers")
+            for row, index in enumerate(indices):
+                records._rows[int(index)] = {name: tensors[name][row].numpy() for name in FIELDS}
         return records
+
+
+def _numbers(row: "Ranked") -> dict[str, Array]:
+    return {name: np.asarray(getattr(row, name), dtype=np.float64) for name in ("mean", "sd", "ess")}
+
+
+def _same(a: dict[str, Array], b: dict[str, Array]) -> bool:
+    return all(np.allclose(a[name], b[name], rtol=1e-3, atol=1e-6) for name in ("mean", "sd", "ess"))
+
+
+def _agree(a: dict[str, Array], b: dict[str, Array]) -> bool:
+    """Whether two posteriors of one data set agree within six standard errors."""
+    share = 1 / np.maximum(a["ess"], 2) + 1 / np.maximum(b["ess"], 2)
+    sd = np.maximum(a["sd"], b["sd"])
+    means = np.abs(a["mean"] - b["mean"]) <= 6 * sd * np.sqrt(share)
+    spreads = np.abs(a["sd"] - b["sd"]) <= 6 * sd * np.sqrt(share / 2)
+    return bool((means & spreads).all())

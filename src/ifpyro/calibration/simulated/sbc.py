@@ -5,9 +5,11 @@ among the draws. If the engine samples exact posteriors, ranks are uniform. Draw
 their effective number first, since ranks among dependent draws pile up at the ends.
 """
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, as_completed
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...core.arguments import check_count
+from ...core.files import check_writable, try_to_write
 from ...infer.results import diagnostics
 from ..arrays import Array, check_probability
 from ..ranks import uniform_ranks
@@ -53,7 +56,8 @@ def sbc(
         seed: of everything. Simulation ``i`` depends on it and on ``i`` alone.
         prob: probability of the simultaneous bands.
         path: where to keep finished simulations (safetensors, written atomically). A run with the same file takes
-            up where the last one ended.
+            up where the last one ended, after it has made one simulation again to see that model and engine are the
+            same.
         executor: any ``concurrent.futures.Executor``; blocks of simulations are submitted to it. In this process if
             ``None``.
         block: simulations run together; the engine's own by default.
@@ -71,10 +75,15 @@ def sbc(
     check_count("num_simulations", num_simulations, 1)
     prob = check_probability("prob", prob)
     problem = _problem(model, engine, args, kwargs or {}, block, batch_size)
-    records = Records.load(path, seed) if path is not None and Path(path).exists() else Records(seed)
+    name = described(engine)
+    if path is not None:
+        check_writable(path)
+    records = Records.load(path, seed) if path is not None and Path(path).exists() else Records(seed, name)
     remaining = [index for index in range(num_simulations) if index not in records]
-    if records.count and remaining:
-        records.check(_rank(problem.run([records.first], seed), [records.first], seed)[0].truth)
+    if records.count:  # also where all are finished: they must not vouch for a model or an engine that never ran
+        records.check(
+            lambda index: _rank(problem.run([index], seed), [index], seed)[0], name, alone=not hasattr(engine, "sample")
+        )
     blocks = [remaining[start : start + problem.block] for start in range(0, len(remaining), problem.block)]
     with tqdm(total=num_simulations, initial=num_simulations - len(remaining), disable=not progress, desc="SBC") as bar:
         try:
@@ -82,13 +91,24 @@ def sbc(
                 for index, row in zip(indices, ranked, strict=True):
                     records.add(index, row.names, row)
                 if path is not None:
-                    records.save(path)
+                    try_to_write(partial(records.save, path), "the simulations go on")
                 bar.update(len(indices))
         except KeyboardInterrupt:
             if not records.count:
                 raise
             warnings.warn(f"interrupted: {records.count} of {num_simulations} simulations are finished", stacklevel=2)
     return records.result(prob, num_simulations)
+
+
+def described(engine: Any) -> str:
+    """What an engine calls itself: a function its name, an engine with options these too."""
+    if hasattr(engine, "sample"):
+        text = repr(engine)
+    else:
+        while isinstance(engine, partial):
+            engine = engine.func
+        text = f"{getattr(engine, '__module__', '')}.{getattr(engine, '__qualname__', type(engine).__qualname__)}"
+    return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
 
 
 class Ranked(NamedTuple):
