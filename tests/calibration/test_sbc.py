@@ -14,8 +14,8 @@ from scipy import stats
 
 import ifpyro
 from ifpyro.calibration import ManyHMC, ManySMC, Simulator
-from ifpyro.calibration.simulated.sbc import sbc, thin
 from ifpyro.calibration.simulated.problems import LOG_LIKELIHOOD
+from ifpyro.calibration.simulated.sbc import sbc, thin
 from ifpyro.core.files import read_tensors, write_tensors
 from ifpyro.flow.solver.grid import Grid
 
