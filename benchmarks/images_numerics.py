@@ -102,7 +102,7 @@ def memory_table(found: dict[str, float]) -> Iterator[str]:
 
 def decode_ratios(flow: ifpyro.InflationaryFlow, z: Tensor, repeats: int) -> tuple[float, float]:
     """Processor time of a decode over that of as many evaluations of the velocity, and of the network inside it."""
-    step = flow.solver(z).to_data[0]
+    step = flow.map.steps(z).to_data[0]
     embedding, count = step.embedding[0], flow.grid.evaluations
     network = flow.velocity.network
     image = z.reshape(-1, *flow.event_shape)
@@ -150,7 +150,7 @@ def work(flow: ifpyro.InflationaryFlow, case: str, rows: int) -> None:
     """What a case of the memory table is about, once."""
     z = torch.zeros(rows, flow.latent_dim, device=flow.device)
     z.requires_grad_("gradient" in case or case == "checkpointed")
-    embedding = flow.solver(z.detach()).to_data[0].embedding[0]
+    embedding = flow.map.steps(z.detach()).to_data[0].embedding[0]
     if case == "network pass":
         with torch.no_grad():
             flow.velocity(z, embedding)

@@ -11,7 +11,7 @@ import torch
 
 import ifpyro
 from ifpyro.cli import demo
-from ifpyro.flow.reconstruction import Decoder
+from ifpyro.flow.decoder import Decoder
 from paper_flows import Key, data, flow_of
 
 LATENTS = (4, 16)

@@ -41,7 +41,7 @@ def port(flow: ifpyro.InflationaryFlow, level: Level = "fine") -> Callable[[Arra
     if not isinstance(network, MLP) or str(flow.support) not in ("None", "Interval(lower_bound=0.0, upper_bound=1.0)"):
         raise ValueError(f"port expects an MLP, and a real or unit-interval support, got {network}, {flow.support}")
     with at(level):
-        solved = flow.solver(torch.empty(0)).to_data
+        solved = flow.map.steps(torch.empty(0)).to_data
     tableau = solved[0].tableau
     stages = [[_array(torch.stack(v)) for v in (step.embedding, step.rate)] for step in solved]
     embedding, rate = (jnp.stack(v) for v in zip(*stages, strict=True))

@@ -40,13 +40,13 @@ def main() -> None:
         flow = posterior.PROBLEMS[name](False).flow.double()
         z = torch.randn(256, flow.latent_dim, generator=torch.Generator().manual_seed(0), dtype=torch.double)
         with torch.no_grad():
-            right = flow.decode_standard(z, Grid(256, 1.5, "dopri5"))
+            right = flow.map.on_grid(z, Grid(256, 1.5, "dopri5"))
             knots = knots_for(flow, z)
             for method in [*TABLEAUX, PLACED, "AB2", "AB4", "2M"]:
                 cells = []
                 for evaluations in EVALUATIONS:
                     if method == PLACED:
-                        errors = [rmse(flow.decode_standard(z, Grid(evaluations // 4, knots=knots)), right)]
+                        errors = [rmse(flow.map.on_grid(z, Grid(evaluations // 4, knots=knots)), right)]
                     else:
                         errors = [rmse(solve(flow, z, method, evaluations, power), right) for power in POWERS]
                     cells.append(f"{min(errors):.1e}")
@@ -62,7 +62,7 @@ def rmse(a: Tensor, b: Tensor) -> float:
 
 def solve(flow: ifpyro.InflationaryFlow, z: Tensor, method: str, evaluations: int, power: float) -> Tensor:
     if method in TABLEAUX:
-        return flow.decode_standard(z, Grid(max(1, evaluations // TABLEAUX[method].stages), power, method))
+        return flow.map.on_grid(z, Grid(max(1, evaluations // TABLEAUX[method].stages), power, method))
     steps = evaluations if method == "2M" else evaluations - 3 * {"AB2": 1, "AB4": 3}[method]
     times = Grid(steps, power).times().flip(0)
     return exponential(flow, z, times) if method == "2M" else adams(flow, z, times, {"AB2": 2, "AB4": 4}[method])

@@ -132,7 +132,7 @@ def test_recorded_decodes_are_decodes(name):
     with ifpyro.fidelity("coarse"):
         for _ in range(4):
             torch.testing.assert_close(flow.decode(z[0]), plain.decode(z[0]))
-    assert len(flow.recordings) == 3
+    assert len(flow.map.recordings) == 3
     with torch.inference_mode():
         found = flow.decode(z[1])
     torch.testing.assert_close(found.clone(), plain.decode(z[1]))
@@ -156,7 +156,7 @@ def test_recorded_decodes_are_decodes(name):
             torch.autograd.grad(end, leaf)
         hessian = torch.autograd.functional.hessian(lambda v: flow.decode(v[None]).square().sum(), z[0][0])
         assert hessian.isfinite().all()
-    assert len(copy.deepcopy(flow).recordings) == 0
+    assert len(copy.deepcopy(flow).map.recordings) == 0
 
 
 def test_reduced_precision_and_layout():
@@ -266,7 +266,7 @@ def test_engines_are_exact(engine, tmp_path):
         run = ifpyro.MCMC(kernel, draws, 60, 48, smc_particles=256, seed=1, progress=False).run(y, flow)
         empty = ifpyro.MCMC(kernel, 1)
     assert run.attributes["batching"] == "plate"
-    assert (len(flow.recordings) > 0) == flow.cuda_graphs
+    assert (len(flow.map.recordings) > 0) == flow.cuda_graphs
     found = run.get_samples(group_by_chain=True)["x"]
     assert_exact(exact, found.double().cpu())
     posterior = ifpyro.to_arviz(run, progress=False).posterior["x"]

@@ -1,34 +1,62 @@
 """Inflationary flows as Pyro priors: train on samples, infer on the Gaussian latent, read the answer in ArviZ."""
 
-import importlib
-from typing import Any
+from importlib import import_module as _import_module
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
-from .checks.checking import check
-from .checks.result import CheckResult
+from .core.errors import BatchingError, IfpyroError, ModelError, PoolError
 from .core.pool import Pool
+from .core.version import __version__ as __version__
 from .data import datasets
+from .flow.axes.basis import Basis
 from .flow.axes.schedule import Schedule
+from .flow.decoder import Decoder
 from .flow.distribution import FlowTransform
 from .flow.file import load_flow as load
-from .flow.flow import InflationaryFlow
+from .flow.flow import InflationaryFlow, LogProbEstimate
+from .flow.networks.mlp import MLP
+from .flow.networks.velocity import Velocity
 from .flow.pretrained import from_denoiser
 from .flow.solver.fidelity import fidelity
+from .flow.solver.grid import Grid
 from .infer import HMC, MCMC, SMC, EllipticalSlice, linear_posterior
 from .infer.model.reparam import reparam
-from .training import fit
+from .training import Recipe, fit
 
-__version__ = "0.1.0"
+if _TYPE_CHECKING:
+    from . import calibration
+    from .checks.checking import check
+    from .checks.result import CheckResult
+    from .infer.results.arviz import to_arviz
+
+_LATER = {  # what takes seconds to import, and what training and sampling do not need
+    "CheckResult": ".checks.result",
+    "calibration": ".calibration",
+    "check": ".checks.checking",
+    "to_arviz": ".infer.results.arviz",
+}
 
 __all__ = [
     "HMC",
     "MCMC",
+    "MLP",
     "SMC",
+    "Basis",
+    "BatchingError",
     "CheckResult",
+    "Decoder",
     "EllipticalSlice",
     "FlowTransform",
+    "Grid",
+    "IfpyroError",
     "InflationaryFlow",
+    "LogProbEstimate",
+    "ModelError",
     "Pool",
+    "PoolError",
+    "Recipe",
     "Schedule",
+    "Velocity",
     "calibration",
     "check",
     "datasets",
@@ -42,11 +70,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name == "to_arviz":  # ArviZ takes seconds to import, and training and sampling do not need it
-        from .infer.results.arviz import to_arviz
+def __getattr__(name: str) -> _Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = _import_module(_LATER[name], __name__)
+    return module if name == "calibration" else getattr(module, name)
 
-        return to_arviz
-    if name == "calibration":  # SciPy's statistics likewise
-        return importlib.import_module(".calibration", __name__)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

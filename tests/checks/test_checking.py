@@ -16,7 +16,7 @@ from flows_zoo import FLOWS, mixture_flow, mlp_flow, smoothed_density
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.checks.checking import stored
 from ifpyro.checks.questions import LIMITS, MATTERS, Level, Solved, generated, latent, log_det_error, numerical
-from ifpyro.checks.result import by_evidence, by_size
+from ifpyro.checks.rows import by_evidence, by_size
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.networks.velocity import Velocity

@@ -16,7 +16,8 @@ import jobs_for_pools
 from flows_zoo import mixture_flow
 from ifpyro import Pool
 from ifpyro.cli.main import main
-from ifpyro.core.pool import PoolError, _backend, _Processes
+from ifpyro.core.errors import PoolError
+from ifpyro.core.pool import _backend, _Processes
 from ifpyro.flow.solver.fidelity import Evaluations
 from ifpyro.infer.engines.distributed import _code, _level
 

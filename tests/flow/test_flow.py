@@ -420,7 +420,7 @@ def test_solver_cache_stays_small():
     for _ in range(5):
         load_other(flow)
         flow.decode(latents(flow, 2))
-    assert len(flow._solvers._solvers) <= 2
+    assert len(flow.map._solvers._solvers) <= 2
 
 
 def test_state_of_another_flow_brings_its_angles():

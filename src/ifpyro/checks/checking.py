@@ -27,7 +27,8 @@ from .questions import (
     power_of_tests,
     seen_in_training,
 )
-from .result import CheckResult, Row
+from .result import CheckResult
+from .rows import Row
 from .two_sample import Array
 
 MINIMUM = 32  # held-out rows; below, nothing but a grossly wrong flow could be told from chance

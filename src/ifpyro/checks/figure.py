@@ -1,11 +1,11 @@
 """The picture of a check: what its table says in numbers. Needs matplotlib and scipy (the extra ``check``)."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ..core.figures import new_figure
-from .result import COLOURS, CheckResult, Row
+from .rows import COLOURS, Row, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -13,7 +13,25 @@ if TYPE_CHECKING:
 _BLUE, _ORANGE, _GREY = "#3367a8", "#d1701f", "#b8b8b8"
 
 
-def check_figure(result: CheckResult) -> "Figure":
+class _Result(Protocol):
+    """What a picture asks of a check."""
+
+    @property
+    def rows(self) -> tuple[Row, ...]: ...
+
+    @property
+    def settings(self) -> dict[str, Any]: ...
+
+    @property
+    def picture(self) -> dict[str, Any]: ...
+
+    @property
+    def verdict(self) -> Verdict: ...
+
+    def __getitem__(self, name: str) -> Row: ...
+
+
+def check_figure(result: _Result) -> "Figure":
     """Six panels: verdicts, latent quantiles, latent radius, latent variance, samples beside data, solver error."""
     figure = new_figure(13.5, 7.6)
     panels = figure.subplots(2, 3)
@@ -38,7 +56,7 @@ def check_figure(result: CheckResult) -> "Figure":
     return figure
 
 
-def _verdicts(axis: Any, result: CheckResult) -> None:
+def _verdicts(axis: Any, result: _Result) -> None:
     """Every row's value over the size at which it fails (or warns, where it never fails), on a logarithmic scale."""
     floor = 1e-3
     for k, row in enumerate(result.rows):
@@ -63,7 +81,7 @@ def _share_of_limit(row: Row) -> float:
     return max(value, 0.0) / limit
 
 
-def _quantiles(axis: Any, result: CheckResult) -> None:
+def _quantiles(axis: Any, result: _Result) -> None:
     from scipy.stats import norm
 
     share, quantiles = np.asarray(result.picture["share"]), result.picture["quantiles"]
@@ -131,7 +149,7 @@ def _clouds(axis: Any, picture: dict[str, Any]) -> None:
     axis.legend(fontsize=8, frameon=False)
 
 
-def _path(axis: Any, result: CheckResult) -> None:
+def _path(axis: Any, result: _Result) -> None:
     times, error = np.asarray(result.picture["times"]), np.asarray(result.picture["path_error"], dtype=float)
     row = result["solver, map"]
     axis.plot(times[1:], np.maximum(error[1:], 1e-9), "o-", color=_BLUE, ms=4)

@@ -25,7 +25,7 @@ from ..flow.networks.mlp import MLP
 from ..flow.solver.fidelity import fidelity
 from ..flow.solver.grid import Grid
 from ..flow.tuning import doubling_error, round_trip
-from .result import Row, by_evidence, by_size
+from .rows import Row, by_evidence, by_size
 from .two_sample import (
     Array,
     Outcome,

@@ -5,57 +5,16 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from .figure import check_figure
+from .rows import COLOURS, Row, Verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Verdict = Literal["pass", "warn", "fail"]
-
 VERSION = 1
-COLOURS = {"pass": "#2e7d32", "warn": "#b26a00", "fail": "#c62828"}
 _HEADER = ("", "question", "value", "warn", "fail", "p", "")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One question, its answer and why.
-
-    Attributes:
-        name: what was asked, short and unique.
-        verdict: ``"pass"``, ``"warn"`` or ``"fail"``.
-        value: the number measured; NaN if it could not be.
-        unit: of the value.
-        warn_above: the value above which a measurement warns; None for a statistical test, which warns by its p-value.
-        fail_above: the value above which it fails; None for a question that never fails.
-        p: p-value of a statistical test.
-        level: the p-value below which it is significant.
-        note: on what it was measured, or what to do.
-    """
-
-    name: str
-    verdict: Verdict
-    value: float
-    unit: str = ""
-    warn_above: float | None = None
-    fail_above: float | None = None
-    p: float | None = None
-    level: float | None = None
-    note: str = ""
-
-
-def by_size(name: str, value: float, unit: str, warn: float, fail: float | None, note: str = "") -> Row:
-    """A row that is judged by the size of a number alone; one that is not finite is the worst that the row can be."""
-    verdict: Verdict = "pass" if value <= warn else "warn"
-    if fail is not None and not value <= fail:
-        verdict = "fail"
-    return Row(name, verdict, value, unit, warn, fail, note=note)
-
-
-def by_evidence(name: str, effect: float, limit: float, p: float, level: float, unit: str = "", note: str = "") -> Row:
-    """Needs evidence *and* size to fail: significant and small only warns, insignificant passes, NaN fails."""
-    verdict: Verdict = "pass" if p >= level else "warn" if effect <= limit else "fail"
-    return Row(name, verdict, effect, unit, None, limit, p, level, note)
 
 
 @dataclass(frozen=True)
@@ -133,8 +92,6 @@ class CheckResult:
 
     def plot(self) -> "Figure":
         """A picture of the check (needs matplotlib)."""
-        from .figure import check_figure  # pictures are built on results, not results on pictures
-
         return check_figure(self)
 
     # -- to keep ------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .. import __version__
+from ..core.version import __version__
 
 _MAIN = """\
 examples:

@@ -1,13 +1,26 @@
-"""Errors of this library, under one base."""
+"""Errors of this library, under one base, so that ``except ifpyro.IfpyroError`` catches them and nothing else."""
 
 
-class BatchingError(RuntimeError):
-    """The model cannot be run for many draws at once in the way that was tried."""
+class IfpyroError(Exception):
+    """The base of the errors that this library defines."""
+
+
+class ModelError(IfpyroError, ValueError):
+    """The model cannot be sampled from, for a reason that the message names."""
+
+
+class BatchingError(IfpyroError, RuntimeError):
+    """The model cannot be run for many draws at once in the way that was tried.
+
+    Args:
+        message: What differs, and where.
+        site: The site that shows it, if one does.
+    """
 
     def __init__(self, message: str, site: str | None = None):
         super().__init__(message)
         self.site = site
 
 
-class ModelError(ValueError):
-    """The model cannot be sampled from, for a reason that the message names."""
+class PoolError(IfpyroError, RuntimeError):
+    """A process has lost touch with the others of its pool."""

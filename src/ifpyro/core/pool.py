@@ -16,11 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import PoolError
+
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
-class PoolError(RuntimeError):
-    """A process has lost touch with the others."""
 
 
 class Pool:

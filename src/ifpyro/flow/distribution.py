@@ -1,7 +1,7 @@
 """The flow as a Pyro transform and a Pyro distribution: the only module that knows ``pyro.distributions``."""
 
 import copy
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import pyro.distributions as dist
 import torch
@@ -10,7 +10,32 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import _InverseTransform
 
-from .flow import InflationaryFlow
+from .solver.discrete_map import DiscreteMap
+
+
+class _Flow(Protocol):
+    """What a transform asks of a flow."""
+
+    map: DiscreteMap
+    event_shape: torch.Size
+    support: constraints.Constraint | None
+
+    @property
+    def latent_dim(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, x: Tensor) -> Tensor: ...
+
+    def decode(self, z: Tensor) -> Tensor: ...
+
+    def encode_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def decode_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class FlowTransform(TransformModule):
@@ -34,7 +59,7 @@ class FlowTransform(TransformModule):
     is_ifpyro_flow: ClassVar[bool] = True
     """How a sampler recognises a site whose latent it should use."""
 
-    def __init__(self, flow: InflationaryFlow, cache_size: int = 0) -> None:
+    def __init__(self, flow: _Flow, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
         self.flow = flow
         self._memory: _Memory | None = None
@@ -75,7 +100,7 @@ class FlowTransform(TransformModule):
         """Data ``x`` of latents ``z``."""
         if self._cache_size == 0:
             return self.flow.decode(z)
-        state = self.flow.map_state()
+        state = self.flow.map.state()
         if self._memory is None or not self._memory.has(state, z=z):
             x, log_det = self.flow.decode_and_log_det(z)
             self._memory = _Memory(state, z=z, x=x, log_det=log_det, computed=x)
@@ -84,7 +109,7 @@ class FlowTransform(TransformModule):
     def _inv_call(self, x: Tensor) -> Tensor:
         if self._cache_size == 0:
             return self.flow.encode(x)
-        state = self.flow.map_state()
+        state = self.flow.map.state()
         if self._memory is None or not self._memory.has(state, x=x):
             z, log_det = self.flow.encode_and_log_det(x)
             self._memory = _Memory(state, z=z, x=x, log_det=-log_det, computed=z)
@@ -99,7 +124,7 @@ class FlowTransform(TransformModule):
     def log_abs_det_jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         """``log|det dx/dz|`` in nats, of the batch shape; ``x`` must be the image of ``z``."""
         memory = self._memory
-        if memory is not None and memory.matches(self.flow.map_state(), z, x):
+        if memory is not None and memory.matches(self.flow.map.state(), z, x):
             log_det = memory.take_log_det()
             if log_det is not None:
                 return log_det
@@ -169,7 +194,7 @@ class _Memory:
         self._log_det = None
 
 
-def flow_prior(flow: InflationaryFlow) -> dist.TransformedDistribution:
+def flow_prior(flow: _Flow) -> dist.TransformedDistribution:
     """``x = T(z)``, ``z ~ N(0, I)``, as a Pyro distribution of event shape ``flow.event_shape``."""
     zeros = torch.zeros(flow.latent_dim, dtype=flow.dtype, device=flow.device)
     base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)

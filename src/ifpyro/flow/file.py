@@ -1,14 +1,13 @@
 """The file of a flow: its weights, and plain data that rebuilds the rest."""
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.files import read_tensors, write_tensors
-from ..data.support import support_from_dict, support_to_dict
+from ..core.files import read_tensors
+from ..data.support import support_from_dict
 from .axes.basis import Basis
 from .axes.schedule import Schedule
 from .axes.separable import SeparableAxes
@@ -17,21 +16,6 @@ from .networks.images import build_velocity
 from .networks.velocity import Velocity
 from .pretrained import restore
 from .solver.grid import Grid
-
-
-def save_flow(flow: InflationaryFlow, path: str | Path) -> None:
-    """Write a flow to one file. See :func:`load_flow`."""
-    header = {
-        "schedule": flow.schedule.to_dict(),
-        "network": flow.velocity.spec(),
-        "event_shape": list(flow.event_shape),
-        "support": None if flow.support is None else support_to_dict(flow.support),
-        "grid": asdict(flow.grid),
-        "coarse_steps": flow.coarse_steps,
-        "refinements": flow.refinements,
-        "report": flow.report,
-    }
-    write_tensors(path, flow.state_dict(), "flow", header)
 
 
 def load_flow(path: str | Path, *, network: Any = None, device: torch.device | str | None = None) -> InflationaryFlow:

@@ -9,12 +9,13 @@ eigenvectors and standard deviations, and ``b`` the bijection onto a constrained
 ``encode`` inverts that map to rounding, and every log-determinant is the map's own.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,29 +23,49 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 
+from ..core.files import write_tensors
 from ..core.precision import full_precision
-from ..data.support import bijection_of, from_free, to_free
-from . import trajectory as rescaled
+from ..data.support import bijection_of, from_free, support_to_dict, to_free
 from .axes.basis import Basis
 from .axes.schedule import Angles, Schedule
-from .estimate import LogProbEstimate, estimate_log_prob, log_normal
-from .networks.autocast import Autocast
+from .decoder import Decoder
+from .distribution import FlowTransform, flow_prior
 from .networks.mixture import mixture_parts
 from .networks.velocity import Velocity
-from .solver.compiled import compile_step, try_compiled
-from .solver.cuda_graphs import Recordings
-from .solver.discrete_map import in_parts, solve_to_data, solve_to_latent
-from .solver.fidelity import Evaluations, current_fidelity
-from .solver.grid import Grid, cheap_grid
-from .solver.solvers import SolverCache, is_wrapped, weights_of
-from .solver.steps import Solver, Step, solve_adaptive, take
-from .solver.traces import EXACT_UP_TO
+from .solver.compiled import try_compiled
+from .solver.discrete_map import DiscreteMap, Switches, in_parts
+from .solver.grid import Grid
+from .solver.steps import solve_adaptive
+from .solver.traces import trace_maker
+from .trajectory import participation_ratio, rescaled_path
 
 if TYPE_CHECKING:
     import pyro.distributions as dist
 
-    from .distribution import FlowTransform
-    from .reconstruction import Decoder
+
+def _switch(name: str, doc: str) -> Any:
+    """A property that stands for a switch of the flow's map."""
+
+    def get(flow: "InflationaryFlow") -> Any:
+        return getattr(flow.map.switches, name)
+
+    def put(flow: "InflationaryFlow", value: Any) -> None:
+        flow.map.switch(**{name: value})
+
+    return property(get, put, doc=doc)
+
+
+class LogProbEstimate(NamedTuple):
+    """A log-density and how well it is known.
+
+    Attributes:
+        value: nats, shape ``(*batch,)``.
+        standard_error: of ``value``, by the spread of independent estimates; zero where the value is exact. With ``p``
+            estimates it has ``p - 1`` degrees of freedom: few of them call for Student's quantiles.
+    """
+
+    value: Tensor
+    standard_error: Tensor
 
 
 class InflationaryFlow(nn.Module):
@@ -102,21 +123,13 @@ class InflationaryFlow(nn.Module):
         self.velocity = velocity
         self.event_shape = torch.Size(event_shape if event_shape is not None else (basis.dim,))
         self.support = support
-        self.grid = grid or Grid()
-        self.coarse_steps = coarse_steps
-        self.refinements = refinements
         self.report = report or {}
         schedule.check_axes(basis.principal, basis.dim)
-        self.angles: Angles = schedule.angles(basis.scale)
-        velocity.attach(basis, self.angles)
-        self.gradient_checkpointing = False
-        self.exact_up_to = EXACT_UP_TO
-        self.autocast: torch.dtype | None = None
-        self.cuda_graphs = False
-        self.recordings = Recordings()
-        self.compiled_take: Callable[[Step, Tensor], Tensor] | None = None
-        self.compiled_autocast: torch.dtype | None = None
-        self._solvers = SolverCache()
+        angles = schedule.angles(basis.scale)
+        velocity.attach(basis, angles)
+        self.map = DiscreteMap(
+            velocity, angles, grid or Grid(), coarse_steps, Switches(refinements=refinements), frame=basis
+        )
         self.eval()
         self.requires_grad_(False)
 
@@ -162,6 +175,42 @@ class InflationaryFlow(nn.Module):
     def device(self) -> torch.device:
         """Where the flow lives."""
         return self.basis.scale.device
+
+    # -- how the map is run -----------------------------------------------------------------------------------------
+
+    @property
+    def angles(self) -> Angles:
+        """The angles of the schedule on the flow's axes."""
+        return self.map.angles
+
+    @property
+    def grid(self) -> Grid:
+        """The fine solver grid, the map that *is* the model."""
+        return self.map.grid
+
+    @grid.setter
+    def grid(self, grid: Grid) -> None:
+        self.map.grid = grid
+
+    @property
+    def coarse_steps(self) -> int:
+        """Steps of the cheap map used under ``ifpyro.fidelity("coarse")``."""
+        return self.map.coarse_steps
+
+    @coarse_steps.setter
+    def coarse_steps(self, steps: int) -> None:
+        self.map.coarse_steps = steps
+
+    refinements = _switch("refinements", "Fixed-point iterations a step of the inverse.")
+    exact_up_to = _switch("exact_up_to", "Axes up to which log-determinants are exact.")
+    autocast = _switch("autocast", "Reduced precision of the network's products, or None.")
+    gradient_checkpointing = _switch("gradient_checkpointing", "Whether gradients run every solver step again.")
+    cuda_graphs = _switch("cuda_graphs", "Whether decodes on a GPU are recorded and played back.")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "velocity" and "map" in self.__dict__:  # a network put in its place drives the map from then on
+            self.map.velocity = value
 
     # -- the map ----------------------------------------------------------------------------------------------------
 
@@ -220,7 +269,17 @@ class InflationaryFlow(nn.Module):
         Raises:
             ValueError: on an unknown method, or too few probes to have a spread.
         """
-        return estimate_log_prob(self, x, probes, method, seed, batch_size)
+        generator = torch.Generator(self.device).manual_seed(seed)
+        estimate = partial(self.map.estimate, probes=probes, method=method, generator=generator)
+        trace_maker(method, probes, self.latent_dim, generator)  # refuses wrong arguments, exact or not
+        with torch.no_grad():
+            if self.latent_dim <= self.exact_up_to:
+                exact = self.log_prob(x, batch_size=batch_size)
+                return LogProbEstimate(exact, torch.zeros_like(exact))
+            v, batch, inside = self.standardise(x, with_log_det=True)
+            z, log_det, error = in_parts(estimate, v, batch_size)
+            value = (log_normal(z) - log_det).reshape(batch) - self.basis.log_det() - inside
+        return LogProbEstimate(value, error.reshape(batch))
 
     def sample(
         self, shape: Sequence[int] | int = (), *, seed: int | None = None, batch_size: int | None = None
@@ -246,8 +305,6 @@ class InflationaryFlow(nn.Module):
         Raises:
             ValueError: if ``k`` is not in ``1..latent_dim``.
         """
-        from .reconstruction import Decoder  # builds on this module
-
         if not 1 <= k <= self.latent_dim:
             raise ValueError(f"decoder expects 1 <= k <= {self.latent_dim} latents, got {k}")
         return Decoder(self, k)
@@ -262,7 +319,8 @@ class InflationaryFlow(nn.Module):
         Returns:
             Angles' times ``(steps + 1,)`` and positions ``(steps + 1, *batch, latent_dim)`` in the eigenbasis.
         """
-        times, path = rescaled.trajectory(self, x, replace(self.grid, steps=steps))
+        grid = replace(self.grid, steps=steps)
+        times, path = rescaled_path(self.map, self.basis.scale, self.standardise(x)[0], grid)
         return times, path.unflatten(1, x.shape[: x.ndim - len(self.event_shape)])
 
     def participation_ratio(self, t: Tensor | None = None) -> Tensor:
@@ -271,7 +329,7 @@ class InflationaryFlow(nn.Module):
         Source: de Albuquerque & Pearson 2024, section 3; constant in a preserving flow.
         """
         t = torch.ones(1, dtype=torch.double) if t is None else torch.as_tensor(t, dtype=torch.double)
-        return rescaled.participation_ratio(self, t).squeeze()
+        return participation_ratio(self.angles, self.basis.scale, t).squeeze()
 
     def compile(self, *, rows: int = 64, **options: Any) -> float:  # type: ignore[override]
         """Compile the solver step of :meth:`decode` and of its gradient, for this session; needs a C++ compiler.
@@ -290,13 +348,12 @@ class InflationaryFlow(nn.Module):
         Raises:
             RuntimeError: from torch, if the compiler is missing or fails; the flow then stays uncompiled.
         """
-
         began = time.perf_counter()
-        self.compiled_take, self.compiled_autocast = compile_step(self.evaluated_velocity(), options), self.autocast
+        self.map.compile(options)
         try:
             try_compiled(self.decode, torch.zeros(rows, self.latent_dim, dtype=self.dtype, device=self.device))
         except Exception:
-            self.compiled_take = None
+            self.map.compiled_take = None
             raise
         return time.perf_counter() - began
 
@@ -304,33 +361,29 @@ class InflationaryFlow(nn.Module):
 
     def transform(self, cache_size: int = 0) -> "FlowTransform":
         """The map from latent to data as a Pyro transform."""
-        from .distribution import FlowTransform  # prior.py builds on this module
-
         return FlowTransform(self, cache_size=cache_size)
 
     def prior(self) -> "dist.TransformedDistribution":
         """The flow as a distribution to put in a Pyro model."""
-        from .distribution import flow_prior
-
         return flow_prior(self)
 
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the flow to one safetensors file, atomically."""
-        from .file import save_flow
-
-        save_flow(self, path)
+        header = {
+            "schedule": self.schedule.to_dict(),
+            "network": self.velocity.spec(),
+            "event_shape": list(self.event_shape),
+            "support": None if self.support is None else support_to_dict(self.support),
+            "grid": asdict(self.grid),
+            "coarse_steps": self.coarse_steps,
+            "refinements": self.refinements,
+            "report": self.report,
+        }
+        write_tensors(path, self.state_dict(), "flow", header)
 
     # -- in standardised coordinates, for those who measure the numerics ---------------------------------------------
-
-    @full_precision()
-    def decode_standard(self, z: Tensor, grid: Grid) -> Tensor:
-        """The solve alone, on any grid: latents ``(n, D)`` to standardised coordinates ``v``."""
-        velocity = self.evaluated_velocity()
-        for step in self.solver(z, grid).to_data:
-            z = take(velocity, step, z)
-        return z
 
     def standardise(self, x: Tensor, with_log_det: bool = False) -> tuple[Tensor, torch.Size, Tensor | float]:
         """Standardised coordinates ``v`` of data, ``(n, D)``; the batch shape; and the support's log-determinant."""
@@ -338,13 +391,9 @@ class InflationaryFlow(nn.Module):
         free, inside = to_free(x, self.support, self.event_shape, with_log_det)
         return self.basis.to_standard(free.reshape(-1, self.latent_dim)), free.shape[:-1], inside
 
-    def solver(self, like: Tensor, grid: Grid | None = None) -> Solver:
-        """The steps of a grid, that of the current fidelity by default, for states like a tensor."""
-        return self._solvers.get(self.velocity, self.angles, grid or self._current_grid(), like)
-
     def evaluated_velocity(self) -> Velocity:
         """The velocity in the precision in which it is evaluated."""
-        return self.velocity if self.autocast is None else Autocast(self.velocity, self.autocast)
+        return self.map.evaluated_velocity()
 
     @full_precision()
     def solve_adaptive(
@@ -358,7 +407,7 @@ class InflationaryFlow(nn.Module):
     def _to_data(self, z: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
         self._check(z, torch.Size([self.latent_dim]), "z")
         batch = z.shape[:-1]
-        solve = partial(solve_to_data, self, with_log_det=with_log_det)
+        solve = partial(self.map.to_data, log_det=with_log_det)
         v, log_det = in_parts(solve, z.reshape(-1, self.latent_dim), batch_size)
         free = self.basis.from_standard(v).reshape(*batch, self.latent_dim)
         x, inside = from_free(free, self.support, self.event_shape, with_log_det)
@@ -366,7 +415,7 @@ class InflationaryFlow(nn.Module):
 
     def _to_latent(self, x: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
         v, batch, inside = self.standardise(x, with_log_det)
-        solve = partial(solve_to_latent, self, with_log_det=with_log_det)
+        solve = partial(self.map.to_latent, log_det=with_log_det)
         z, log_det = in_parts(solve, v, batch_size)
         z = z.reshape(*batch, self.latent_dim)
         return z, -(log_det.reshape(batch) + self.basis.log_det() + inside) if with_log_det else log_det
@@ -374,26 +423,6 @@ class InflationaryFlow(nn.Module):
     def bijection(self) -> Transform | None:
         """From unconstrained space onto the support, or None for real data."""
         return bijection_of(self.support)
-
-    def map_state(self) -> tuple[Any, ...]:
-        """What the map depends on besides its argument: a remembered result holds while this compares equal."""
-        weights = [*self.basis.buffers(), *weights_of(self.velocity)]
-        if any(is_wrapped(w) for w in weights):
-            return (object(),)  # weights of one vmapped call equal no others
-        return (
-            self._current_grid(),
-            (self.refinements, self.exact_up_to, self.autocast),
-            torch.is_grad_enabled() and any(w.requires_grad for w in weights),
-            tuple((w.dtype, w.device, w.data_ptr(), w._version) for w in weights),
-        )
-
-    def _current_grid(self) -> Grid:
-        level = current_fidelity()
-        if level == "fine":
-            return self.grid
-        if isinstance(level, Evaluations):
-            return cheap_grid(level.count, self.grid)
-        return replace(self.grid, steps=self.coarse_steps if level == "coarse" else level)
 
     def _check(self, value: Tensor, event: torch.Size, name: str) -> None:
         if not isinstance(value, Tensor):
@@ -410,22 +439,22 @@ class InflationaryFlow(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InflationaryFlow":
-        self._solvers.clear()  # its tensors have the old dtype and device
-        self.recordings.clear()
+        self.map.clear()  # its tensors have the old dtype and device
         return super()._apply(fn, recurse)
 
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """As in torch; the scales decide the angles and embeddings, which are recomputed."""
         result = super().load_state_dict(*args, **kwargs)
-        self._solvers.clear()
-        self.recordings.clear()
-        self.angles = self.schedule.angles(self.basis.scale)
+        self.map.clear()
+        self.map.angles = self.schedule.angles(self.basis.scale)
         self.velocity.attach(self.basis, self.angles)
         return result
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "compiled_take": None}
 
     def extra_repr(self) -> str:
         """Event shape, latent dimension and solver."""
         return f"event_shape={tuple(self.event_shape)}, latent_dim={self.latent_dim}, grid={self.grid}"
+
+
+def log_normal(z: Tensor) -> Tensor:
+    """Log-density of ``N(0, I)`` at ``z`` of shape ``(*batch, D)``."""
+    return -0.5 * (z.square().sum(-1) + z.shape[-1] * math.log(2 * math.pi))

@@ -81,7 +81,7 @@ def knots_for(flow: InflationaryFlow, z: Tensor) -> tuple[float, ...]:
         flow: the flow.
         z: latents ``(n, D)``.
     """
-    once, twice = flow.solver(z, Grid(MEASURED)).to_data, flow.solver(z, Grid(2 * MEASURED)).to_data
+    once, twice = flow.map.steps(z, Grid(MEASURED)).to_data, flow.map.steps(z, Grid(2 * MEASURED)).to_data
     efforts = torch.empty(MEASURED, dtype=torch.double)
     y = z
     for k, step in enumerate(once):
@@ -155,6 +155,6 @@ def _log_prob_error(flow: InflationaryFlow, x: Tensor) -> float:
 
 def doubling_error(flow: InflationaryFlow, z: Tensor, grid: Grid) -> float:
     """RMSE of decoding ``z`` with a grid against decoding with half its step, in standard deviations."""
-    once = flow.decode_standard(z, grid)
-    twice = flow.decode_standard(z, replace(grid, steps=2 * grid.steps))
+    once = flow.map.on_grid(z, grid)
+    twice = flow.map.on_grid(z, replace(grid, steps=2 * grid.steps))
     return float((once - twice).square().mean().sqrt())

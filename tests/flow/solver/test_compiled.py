@@ -15,8 +15,8 @@ def test_compiled_steps_agree():
     grid = Grid(6, method="midpoint")
     flow, plain = (mlp_flow(3, torch.double, grid=grid) for _ in range(2))
     assert flow.compile(backend="aot_eager") > 0
-    step, calls = flow.compiled_take, []
-    flow.compiled_take = lambda *args: calls.append(1) or step(*args)
+    step, calls = flow.map.compiled_take, []
+    flow.map.compiled_take = lambda *args: calls.append(1) or step(*args)
     for rows, level in ((64, "fine"), (17, "fine"), (17, "coarse"), (1, "fine")):
         z = latents(flow, rows)
         with ifpyro.fidelity(level):
@@ -38,7 +38,7 @@ def test_compiled_steps_agree():
     flow.autocast = None
     jacobian = torch.func.vmap(torch.func.jacrev(flow.decode))(z)
     torch.testing.assert_close(jacobian, torch.func.vmap(torch.func.jacrev(plain.decode))(z), rtol=1e-12, atol=1e-12)
-    assert copy.deepcopy(flow).compiled_take is None
+    assert copy.deepcopy(flow).map.compiled_take is None
 
 
 def test_a_failed_compilation_leaves_the_flow_as_it_was():

@@ -125,14 +125,14 @@ def test_the_one_that_rested_longest_makes_way():
 def test_copies_start_anew():
     flow = mlp_flow(3, torch.double, grid=Grid(2))
     for _ in range(3):
-        play(flow.recordings, latents(flow, 2))
-    assert len(flow.recordings) == 1
-    assert len(copy.deepcopy(flow).recordings) == 0
+        play(flow.map.recordings, latents(flow, 2))
+    assert len(flow.map.recordings) == 1
+    assert len(copy.deepcopy(flow).map.recordings) == 0
     for change in (lambda: flow.to(torch.float32), lambda: flow.load_state_dict(flow.state_dict())):
         for _ in range(3):
-            play(flow.recordings, latents(flow, 2))
+            play(flow.map.recordings, latents(flow, 2))
         change()
-        assert len(flow.recordings) == 0
+        assert len(flow.map.recordings) == 0
 
 
 def test_what_is_never_recorded(monkeypatch):

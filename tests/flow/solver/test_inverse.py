@@ -32,7 +32,7 @@ def test_points_between_clusters_come_back(dtype, tolerance):
 
 def test_newton_closes_what_the_iteration_leaves_open():
     flow, x = two_clusters(torch.double), between(torch.double)
-    solver = flow.solver(x)
+    solver = flow.map.steps(x)
     y, worst = flow.basis.to_standard(x), {}
     for step, guess in zip(reversed(solver.to_data), solver.to_latent, strict=True):
         for newton in (False, True):

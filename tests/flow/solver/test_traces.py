@@ -9,7 +9,7 @@ from scipy import stats
 from flows_zoo import latents, mixture_flow, mlp_flow, random_mlp
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
-from ifpyro.flow.estimate import log_normal
+from ifpyro.flow.flow import log_normal
 from ifpyro.flow.networks.velocity import Velocity
 from ifpyro.flow.solver.grid import Grid
 from ifpyro.flow.solver.steps import build_solver, take_with_traces
@@ -37,7 +37,7 @@ def known():
     y = flow.encode(x)
     base, total = log_normal(y), 0.0
     directions = torch.eye(DIM, dtype=torch.double).unsqueeze(1).expand(-1, ROWS, -1)
-    for step in flow.solver(y).to_data:
+    for step in flow.map.steps(y).to_data:
         y, traces = take_with_traces(step, y, hutchinson(flow.velocity, lambda _, at: directions))
         total = total + traces.sum(0)
     flow.exact_up_to = 1
@@ -91,7 +91,7 @@ def test_vectors_of_their_own_at_every_evaluation_are_worth_it(known):
     generator = torch.Generator().manual_seed(0)
     shared = (2.0 * torch.randint(0, 2, (PROBES, ROWS, DIM), generator=generator) - 1).double()
     base = log_normal(y)
-    for step in flow.solver(y).to_data:
+    for step in flow.map.steps(y).to_data:
         y, parts = take_with_traces(step, y, hutchinson(flow.velocity, lambda _, at: shared))
         total = total + parts.mean(0)
     one_set = base - total - flow.basis.log_det() - exact

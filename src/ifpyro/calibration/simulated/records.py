@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,11 +11,19 @@ from ...core.files import read_tensors, reading, write_tensors
 from ..arrays import Array
 from .result import SBC
 
-if TYPE_CHECKING:
-    from .sbc import Ranked
-
 KIND = "sbc"
 FIELDS = ("ranks", "truth", "mean", "sd", "ess")
+
+
+class Ranked(NamedTuple):
+    """One simulation, ready to be kept."""
+
+    names: tuple[str, ...]
+    ranks: Array
+    truth: Array
+    mean: Array
+    sd: Array
+    ess: float
 
 
 class Records:
@@ -44,7 +52,7 @@ class Records:
         """The lowest number among them."""
         return min(self._rows)
 
-    def add(self, index: int, names: tuple[str, ...], row: "Ranked") -> None:
+    def add(self, index: int, names: tuple[str, ...], row: Ranked) -> None:
         """Take in one simulation.
 
         Raises:

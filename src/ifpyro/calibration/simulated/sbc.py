@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -22,7 +22,7 @@ from ...infer.results import diagnostics
 from ..arrays import Array, check_probability
 from ..ranks import uniform_ranks
 from .problems import RANKS, Problem, PyroProblem, Quantities, Simulator, SimulatorProblem, seed_of
-from .records import Records
+from .records import Ranked, Records
 from .result import SBC
 
 
@@ -109,17 +109,6 @@ def described(engine: Any) -> str:
             engine = engine.func
         text = f"{getattr(engine, '__module__', '')}.{getattr(engine, '__qualname__', type(engine).__qualname__)}"
     return re.sub(r" at 0x[0-9a-fA-F]+", "", text)
-
-
-class Ranked(NamedTuple):
-    """One simulation, ready to be kept."""
-
-    names: tuple[str, ...]
-    ranks: Array
-    truth: Array
-    mean: Array
-    sd: Array
-    ess: float
 
 
 def _problem(

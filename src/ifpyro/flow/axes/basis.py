@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.moments import mean_and_sd
-from .completion import Completion
-from .low_rank import COLLINEAR, default_rank, leading_axes, orthonormal, signs
+from .low_rank import COLLINEAR, Completion, default_rank, leading_axes, orthonormal, signs
 from .separable import SeparableAxes, fits, separable_axes
 
 KINDS = ("auto", "pca", "separable", "low_rank", "identity")

@@ -1,7 +1,15 @@
-"""The leading eigenvectors of a covariance that is never made."""
+r"""The leading eigenvectors of a covariance that is never made, and their completion to a basis that is never stored.
+
+With the leading axes ``W_1`` of shape ``(D, r)``, signs ``S`` and the first ``r`` columns ``E`` of the identity,
+
+.. math:: Q = I - M G M^T, \qquad M = W_1 S - E, \qquad G = (I - S W_{1,1:r}^T)^{-1}
+
+is orthogonal and its first ``r`` columns are ``W_1 S``: a product of ``r`` reflections in compact form (Ballard et al.
+2015, "Reconstructing Householder vectors from TSQR", for the signs). It costs ``4 D r`` operations a row.
+"""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...data.moments import CHUNK
 
@@ -68,3 +76,35 @@ def signs(axes: Tensor) -> Tensor:
     """The sign of an eigenvector is arbitrary: its largest entry is made positive, so that two machines agree."""
     largest = axes.gather(0, axes.abs().argmax(0, keepdim=True))
     return torch.where(largest < 0, -1.0, 1.0).to(axes)
+
+
+class Completion(nn.Module):
+    """``Q`` with the signs ``S`` taken back: a square matrix whose first columns are the axes.
+
+    Args:
+        axes: ``W_1``, orthonormal columns, ``(D, r)`` with ``0 < r < D``.
+    """
+
+    mirror: Tensor
+    core: Tensor
+    sign: Tensor
+
+    def __init__(self, axes: Tensor) -> None:
+        super().__init__()
+        exact, r = axes.detach().double().cpu(), axes.shape[1]
+        sign = torch.geqrf(exact)[0].diagonal().sign()
+        mirror = exact * sign
+        core = torch.linalg.inv(torch.eye(r, dtype=torch.double) - mirror[:r].T)
+        mirror[:r] -= torch.eye(r, dtype=torch.double)
+        sign = torch.cat([sign, sign.new_ones(len(axes) - r)])
+        for name, value in (("mirror", mirror), ("core", core), ("sign", sign)):
+            self.register_buffer(name, value.to(axes), persistent=False)
+
+    def rotate(self, u: Tensor) -> Tensor:
+        """``u Q S`` for ``u`` of shape ``(..., D)``."""
+        return (u - ((u @ self.mirror) @ self.core) @ self.mirror.T) * self.sign
+
+    def rotate_back(self, a: Tensor) -> Tensor:
+        """``a (Q S)^T`` for ``a`` of shape ``(..., D)``."""
+        a = a * self.sign
+        return a - ((a @ self.mirror) @ self.core.T) @ self.mirror.T

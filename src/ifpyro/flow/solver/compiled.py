@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..networks.velocity import Velocity
 from .grid import Tableau
-from .solvers import weights_of
-from .steps import Step, take
+from .steps import Step, take, weights_of
 
 
 def compile_step(velocity: Velocity, options: dict[str, Any]) -> Callable[[Step, Tensor], Tensor]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...core.precision import full_precision
-from .solvers import is_wrapped
+from .steps import is_wrapped
 
 MOST = 24
 """Recordings of one flow: sizes of batches, grids, with and without gradient. The one that rested longest makes way."""

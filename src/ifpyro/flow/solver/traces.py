@@ -64,6 +64,37 @@ def hutch_plus_plus(velocity: Velocity, probes: Callable[[int, Tensor], Tensor])
     return trace
 
 
+METHODS = {"hutchinson": hutchinson, "hutch++": hutch_plus_plus}
+"""Estimates of a trace by name."""
+
+
+def trace_maker(method: str, probes: int, dim: int, generator: torch.Generator) -> Callable[[Velocity], Trace]:
+    """An estimate of traces with fresh vectors at every evaluation, for any velocity.
+
+    Args:
+        method: a name in `METHODS`.
+        probes: products of the Jacobian at every evaluation.
+        dim: number of axes.
+        generator: of the vectors.
+
+    Raises:
+        ValueError: on an unknown method, or too few probes to have a spread.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method expects one of {sorted(METHODS)}, got {method!r}")
+    plus = method == "hutch++"
+    least = 6 if plus else 2
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < least:
+        raise ValueError(f"probes expects an integer >= {least} for {method!r} (one has no spread), got {probes!r}")
+    # The products with Q itself are the third third. Q need not span everything, but a spread takes two estimates.
+    vectors = max(4, min(2 * (probes // 3), 2 * (dim - 1))) if plus else probes
+
+    def fresh(_: int, y: Tensor) -> Tensor:
+        return signs((vectors, *y.shape), generator, y)
+
+    return lambda velocity: METHODS[method](velocity, fresh)
+
+
 def signs(shape: tuple[int, ...], generator: torch.Generator, like: Tensor) -> Tensor:
     """Random signs, with the dtype and device of a tensor."""
     return (2.0 * torch.randint(0, 2, shape, generator=generator, device=like.device) - 1.0).to(like.dtype)

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.pool import Pool, PoolError
+from ...core.errors import PoolError
+from ...core.pool import Pool
 from ...flow.solver.fidelity import Evaluations, Level, at, current_fidelity
 from ..model.density import BatchedDensity
 from ..model.runner import Totals, gradient

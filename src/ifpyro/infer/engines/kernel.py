@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ...core.arguments import check_level
 from ...flow.solver.fidelity import Level
+from ..model.batched import check_model
 from ..model.density import BatchedDensity
-from ..model.resolve import check_model
 from .guided_density import Target, Value
 from .smc import SMC
 

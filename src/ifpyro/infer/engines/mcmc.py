@@ -12,15 +12,17 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...core.arguments import check_count
-from ...core.pool import Pool, PoolError
-from ..model.density import BatchedDensity
-from ..model.resolve import check_start, new_generator, possible_prior_draws, resolve_density
+from ...core.errors import PoolError
+from ...core.pool import Pool
+from ..model.batched import resolve_density
+from ..model.density import BatchedDensity, new_generator
 from ..results.draws import Draws
 from .distributed import everywhere
 from .guided_density import Target
 from .jumps import MAX_DIM
 from .kernel import Kernel, Stats
 from .smc import SMC
+from .starts import check_start, possible_prior_draws
 
 ISLANDS = 4
 """Islands of the SMC pass that finds starting points."""

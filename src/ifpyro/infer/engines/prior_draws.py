@@ -18,8 +18,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.resolve import check_start
 from .guided_density import Target, Value
+from .starts import check_start
 from .tempering import effective_fraction
 
 SUFFICIENT = 1.25

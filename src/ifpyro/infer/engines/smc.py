@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 from ...core.arguments import check_count, check_fraction, check_level
 from ...core.pool import Pool
 from ...flow.solver.fidelity import Level
-from ..model.density import BatchedDensity
-from ..model.resolve import check_model, new_generator, resolve_density
+from ..model.batched import check_model, resolve_density
+from ..model.density import BatchedDensity, new_generator
 from ..results.diagnostics import pareto_k
 from ..results.draws import Draws
 from .distributed import everywhere

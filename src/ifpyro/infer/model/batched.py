@@ -22,6 +22,7 @@ from torch import Tensor
 from ...core.errors import BatchingError, ModelError
 from ...core.precision import full_precision
 from ...core.randomness import seeded
+from .density import BatchedDensity
 from .enumeration import sum_out
 from .examine import Enumerated, Model, Scan, check_arguments, scan
 from .probe import collect_probes
@@ -325,3 +326,37 @@ def _scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
     except ValueError as error:
         with seeded(seed), pyro.validation_enabled(False):
             return scan(model, args, kwargs), error
+
+
+def check_model(model: object, kernel: str) -> None:
+    """Raises ``TypeError`` unless ``model`` can be called."""
+    if not callable(model):
+        raise TypeError(
+            f"{kernel} expects a Pyro model (a callable with pyro.sample statements), got {type(model).__name__}"
+        )
+
+
+def resolve_density(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    batching: Literal["plate", "vmap", "loop"] | None,
+    batch_size: int | None,
+    seed: int,
+) -> BatchedDensity:
+    """The batched density of ``model(*args, **kwargs)``; an object that already is one comes back as it is.
+
+    Raises:
+        TypeError: if arguments are given for a density, which takes none.
+        ValueError: if there is nothing to infer.
+    """
+    if all(hasattr(model, name) for name in ("dim", "sample_prior", "sites", "gaussian_prior")):
+        if args or kwargs:
+            raise TypeError("run() expects no arguments when the kernel holds a density instead of a Pyro model")
+        density = model
+    else:
+        density = BatchedModel(model, args, kwargs, batching=batching, batch_size=batch_size, seed=seed)
+    if density.dim < 1:
+        raise ValueError("the model has no continuous latent site: there is nothing to infer")
+    return density

@@ -56,3 +56,8 @@ def log_density_and_grad(density: BatchedDensity, q: Tensor, beta: float = 1.0) 
         log_prior, log_likelihood = density(q)
         (gradient,) = torch.autograd.grad((log_prior + beta * log_likelihood).sum(), q)
     return log_prior.detach(), log_likelihood.detach(), gradient
+
+
+def new_generator(density: BatchedDensity, seed: int) -> torch.Generator:
+    """A generator on the device on which the density draws."""
+    return torch.Generator(device=getattr(density, "device", "cpu")).manual_seed(seed)

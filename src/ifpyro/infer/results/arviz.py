@@ -17,8 +17,7 @@ import pyro
 import xarray
 from torch import Tensor
 
-import ifpyro
-
+from ...core.version import __version__
 from ..model.sites import to_numpy
 from .groups import SAMPLE, Groups
 from .read import Result, read_result, rebind
@@ -247,7 +246,7 @@ def _attributes(extra: Mapping[str, Any]) -> dict[str, Any]:
     attrs: dict[str, Any] = {
         "created_at": datetime.datetime.now(datetime.UTC).isoformat(),
         "creation_library": "ifpyro",
-        "creation_library_version": ifpyro.__version__,
+        "creation_library_version": __version__,
         "creation_library_language": "Python",
         "inference_library": "pyro",
         "inference_library_version": pyro.__version__,

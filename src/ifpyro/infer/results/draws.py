@@ -12,8 +12,8 @@ from ...core.arguments import check_choice, check_count
 from ...core.files import read_tensors, write_tensors
 from ...core.pool import Pool
 from ...flow.solver.fidelity import fidelity
+from ..model.batched import resolve_density
 from ..model.density import BatchedDensity
-from ..model.resolve import resolve_density
 from . import diagnostics
 
 D = TypeVar("D", bound="Draws")

@@ -1,57 +1,14 @@
-"""From what the user hands to a kernel, a Pyro model or a density, to the batched density the engines see."""
+"""Where chains and particles may start: draws of the prior at which the posterior is possible."""
 
 import warnings
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ..engines.guided_density import Target, Value
-from .density import BatchedDensity
+from .guided_density import Target, Value
 
 MAX_STARTS = 20
 """How often an impossible prior draw is redrawn as a starting point."""
-
-
-def check_model(model: object, kernel: str) -> None:
-    """Raises ``TypeError`` unless ``model`` can be called."""
-    if not callable(model):
-        raise TypeError(
-            f"{kernel} expects a Pyro model (a callable with pyro.sample statements), got {type(model).__name__}"
-        )
-
-
-def resolve_density(
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    batching: Literal["plate", "vmap", "loop"] | None,
-    batch_size: int | None,
-    seed: int,
-) -> BatchedDensity:
-    """The batched density of ``model(*args, **kwargs)``; an object that already is one comes back as it is.
-
-    Raises:
-        TypeError: if arguments are given for a density, which takes none.
-        ValueError: if there is nothing to infer.
-    """
-    if all(hasattr(model, name) for name in ("dim", "sample_prior", "sites", "gaussian_prior")):
-        if args or kwargs:
-            raise TypeError("run() expects no arguments when the kernel holds a density instead of a Pyro model")
-        density = model
-    else:
-        from .batched import BatchedModel
-
-        density = BatchedModel(model, args, kwargs, batching=batching, batch_size=batch_size, seed=seed)
-    if density.dim < 1:
-        raise ValueError("the model has no continuous latent site: there is nothing to infer")
-    return density
-
-
-def new_generator(density: BatchedDensity, seed: int) -> torch.Generator:
-    """A generator on the device on which the density draws."""
-    return torch.Generator(device=getattr(density, "device", "cpu")).manual_seed(seed)
 
 
 def check_start(value: Value, what: str) -> None:
