@@ -151,20 +151,20 @@ def test_what_is_never_recorded(monkeypatch):
 
     monkeypatch.setattr(solving, "unpack_dual", lambda y: torch.autograd.forward_ad.UnpackedDualTensor(y, None))
     pretended = Pretended()
-    assert not solving._is_recorded(flow, pretended)  # not asked for
+    assert not flow.map._is_recorded(pretended)  # not asked for
     flow.cuda_graphs = True
-    assert solving._is_recorded(flow, pretended)
-    assert not solving._is_recorded(flow, z)  # not on a GPU
+    assert flow.map._is_recorded(pretended)
+    assert not flow.map._is_recorded(z)  # not on a GPU
     flow.gradient_checkpointing = True
-    assert not solving._is_recorded(flow, pretended)
+    assert not flow.map._is_recorded(pretended)
     flow.gradient_checkpointing = False
     flow.train()
-    assert not solving._is_recorded(flow, pretended)
+    assert not flow.map._is_recorded(pretended)
     flow.eval().requires_grad_(True)
-    assert not solving._is_recorded(flow, pretended)
+    assert not flow.map._is_recorded(pretended)
     flow.requires_grad_(False)
     seen = []
-    torch.func.vmap(lambda v: seen.append(solving._is_recorded(flow, pretended)) or v)(z)
+    torch.func.vmap(lambda v: seen.append(flow.map._is_recorded(pretended)) or v)(z)
     assert seen == [False]
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert not solving._is_recorded(flow, pretended)
+    assert not flow.map._is_recorded(pretended)
