@@ -368,3 +368,32 @@ def test_the_statistical_assertion_can_fail():
     for wrong in (mean + 0.05 + variance.sqrt() * noise, mean + 1.05 * variance.sqrt() * noise):
         with pytest.raises(AssertionError, match="exact"):
             assert_exact(right, wrong)
+
+
+def located(y, sd=0.5):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(x, sd), obs=y)
+
+
+def renamed(y):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def test_draws_of_a_file_belong_to_one_model_and_its_data(tmp_path):
+    path, options = tmp_path / "draws", {"init": "prior", "seed": 1, "progress": False}
+    y = torch.tensor([0.3, -0.2, 0.9])
+    whole = MCMC(HMC(located), 6, 5, 4, checkpoint=path, **options).run(y)
+    again = MCMC(HMC(located), 1).restore(path, y)
+    assert torch.equal(again.positions(), whole.positions())
+    assert (again.num_chains, again.num_samples) == (4, 6)
+    for kernel, data, message in (
+        (HMC(located), (y + 0.05,), "of another model or of other data"),
+        (HMC(located), (y[:2],), "of another model or of other data"),
+        (HMC(located), (y, 0.6), "of another model or of other data"),
+        (HMC(renamed), (y,), r"of the sites \['x'\], this model has \['z'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MCMC(kernel, 1).restore(path, *data)
+    with pytest.raises(ValueError, match="made by MCMC, not by SMC"):
+        SMC(located).restore(path, y)

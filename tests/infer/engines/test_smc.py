@@ -1,6 +1,7 @@
 """Tempered SMC: weights and temperatures, evidence and posterior against exact answers, bad input."""
 
 import math
+import re
 import warnings
 
 import numpy as np
@@ -9,7 +10,8 @@ import torch
 from scipy import stats
 
 from exact_densities import BIASES, PROBLEMS, GaussianMixture, conjugate, statistics, two_modes
-from ifpyro.infer import SMC
+from ifpyro.core.files import read_tensors, write_tensors
+from ifpyro.infer import HMC, MCMC, SMC
 from ifpyro.infer.engines.guided_density import Target
 from ifpyro.infer.engines.particle_moves import WORTH_JUMPING
 from ifpyro.infer.engines.prior_draws import START, prior_population, suffices
@@ -395,3 +397,173 @@ def test_misuse():
         SMC(conjugate(), 64, progress=False).run(1.0)
     with pytest.raises(RuntimeError, match="holds no draws"):
         SMC(conjugate(), 64).get_samples()
+
+
+# -- interrupted, restored, run again --------------------------------------------------------------
+
+
+class Interrupted:
+    """A problem at whose ``after``-th gradient something happens."""
+
+    def __init__(self, problem, after, how):
+        self.problem, self.after, self.how, self.calls = problem, after, how, 0
+        self.dim, self.gaussian_prior, self.sites = problem.dim, problem.gaussian_prior, problem.sites
+        self.sample_prior = problem.sample_prior
+
+    def __call__(self, q):
+        self.calls += torch.is_grad_enabled()
+        if self.calls == self.after:
+            self.calls += 1
+            raise self.how
+        return self.problem(q)
+
+
+HARD = {"num_particles": 64, "prior_draws": 1, "seed": 3, "progress": False}
+
+
+def hard(y=0.5, sd=0.02):
+    """Data so exact that it takes several temperatures."""
+    eye = [[1.0, 0.0], [0.0, 1.0]]
+    return GaussianMixture([1.0], [[0.0, 0.0]], [eye], eye, [y, -0.2], sd, bias=0.1)
+
+
+def assert_same_run(a, b):
+    assert torch.equal(a.positions(), b.positions())
+    assert (a.log_evidence, a.log_evidence_se, a.stages) == (b.log_evidence, b.log_evidence_se, b.stages)
+    assert a.tuning == b.tuning
+    assert a.attributes == b.attributes
+    for name, value in a.sample_stats().items():
+        assert torch.equal(value, b.sample_stats()[name]), name
+
+
+@pytest.mark.parametrize("how", [KeyboardInterrupt(), ValueError("busy")], ids=["Ctrl-C", "failure"])
+@pytest.mark.parametrize("after", [3, 60])
+def test_an_interrupted_run_goes_on_and_ends_as_if_it_had_not_been(how, after):
+    """In the first temperature there is nothing to go on from, later there is."""
+    whole = SMC(hard(), **HARD).run()
+    smc = SMC(Interrupted(hard(), after, how), **HARD)
+    error = KeyboardInterrupt if isinstance(how, KeyboardInterrupt) else RuntimeError
+    with warnings.catch_warnings(record=True) as caught, pytest.raises(error) as raised:
+        warnings.simplefilter("always")
+        smc.run()
+    told = str(raised.value) + "".join(str(warning.message) for warning in caught)
+    assert not hasattr(smc, "log_evidence")
+    with pytest.raises(RuntimeError, match="holds no draws"):
+        smc.positions()
+    if after == 3:
+        assert "no posterior draws before the inverse temperature reaches 1" in told
+        with pytest.raises(RuntimeError, match="no interrupted run to go on from"):
+            smc.resume()
+        return
+    assert "and resume() goes on from there" in told
+    assert_same_run(smc.resume(), whole)
+    with pytest.raises(RuntimeError, match="no interrupted run"):
+        smc.resume()
+
+
+def test_a_killed_run_goes_on_from_its_file(tmp_path, monkeypatch):
+    whole = SMC(hard(), **HARD).run()
+    path = tmp_path / "particles"
+    with pytest.warns(UserWarning, match="so does run"), pytest.raises(KeyboardInterrupt):
+        SMC(Interrupted(hard(), 60, KeyboardInterrupt()), checkpoint=path, **HARD).run()
+    counted = Interrupted(hard(), -1, None)
+    assert_same_run(SMC(counted, checkpoint=path, **HARD).run(), whole)
+    gradients = counted.calls
+    assert_same_run(SMC(counted, checkpoint=path, **HARD).run(), whole)  # the last temperature is in the file
+    assert 0 < gradients == counted.calls
+
+
+OTHER = {
+    "num_particles": ({"num_particles": 128}, "num_particles 64 there, 128 here"),
+    "seed": ({"seed": 4}, "seed 3 there, 4 here"),
+    "moves": ({"max_moves": 3}, "max_moves 20 there, 3 here"),
+    "level": ({"level": "fine"}, "level None there, 'fine' here"),
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_particles_of_another_sampler_are_refused(tmp_path, what):
+    SMC(hard(), checkpoint=tmp_path / "particles", **HARD).run()
+    options, message = OTHER[what]
+    with pytest.raises(ValueError, match=message):
+        SMC(hard(), checkpoint=tmp_path / "particles", **{**HARD, **options}).run()
+
+
+def test_particles_of_other_data_are_refused(tmp_path):
+    SMC(hard(), checkpoint=tmp_path / "particles", **HARD).run()
+    other = hard(y=0.51)
+    with pytest.raises(ValueError, match=r"are of another model or of other data: the log-density was .* and is now"):
+        SMC(other, checkpoint=tmp_path / "particles", **HARD).run()
+
+
+def test_a_restored_run_is_whole(tmp_path):
+    whole = SMC(hard(), **HARD).run()
+    whole.save(tmp_path / "draws")
+    again = SMC(hard(), 8, num_islands=2, progress=False).restore(tmp_path / "draws")
+    assert_same_run(again, whole)
+    assert torch.equal(again.island_log_evidence, whole.island_log_evidence)
+    assert (again.num_particles, again.num_islands, again.pareto_k) == (64, 4, whole.pareto_k)
+    assert torch.equal(again.get_samples()["q"], whole.get_samples()["q"])
+
+
+def test_draws_of_another_engine_or_other_data_are_not_restored(tmp_path):
+    SMC(hard(), **HARD).run().save(tmp_path / "draws")
+    with pytest.raises(ValueError, match="made by SMC, not by MCMC"):
+        MCMC(HMC(hard()), 5).restore(tmp_path / "draws")
+    for other in (hard(y=0.51), hard(sd=0.021)):
+        smc = SMC(other, **HARD)
+        with pytest.raises(ValueError, match="of another model or of other data"):
+            smc.restore(tmp_path / "draws")
+        with pytest.raises(RuntimeError, match="holds no draws"):  # and nothing of them was taken over
+            smc.positions()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensors, header: header.pop("facts"),
+        lambda tensors, header: header.update(attributes=3),
+        lambda tensors, header: header["facts"].update(stages=[1]),
+        lambda tensors, header: tensors.pop("stats.lp"),
+        lambda tensors, header: tensors.update({"stats.lp": torch.zeros(3)}),
+        lambda tensors, header: tensors.update({"positions": torch.full((4, 16, 2), torch.nan)}),
+        lambda tensors, header: tensors.update({"positions": torch.zeros(2)}),
+    ],
+)
+def test_forged_draws_are_refused(tmp_path, change):
+    path = tmp_path / "draws"
+    SMC(hard(), **HARD).run().save(path)
+    tensors, header = read_tensors(path, "draws")
+    change(tensors, header)
+    write_tensors(path, tensors, "draws", header)
+    with pytest.raises(ValueError, match=re.escape(str(path))):
+        SMC(hard(), **HARD).restore(path)
+
+
+def test_a_run_that_ends_early_leaves_nothing_of_the_one_before():
+    smc = SMC(hard(), **HARD).run()
+    assert smc.log_evidence
+    smc.model = Interrupted(hard(), 3, KeyboardInterrupt())
+    with pytest.warns(UserWarning, match="interrupted"), pytest.raises(KeyboardInterrupt):
+        smc.run()
+    for name in ("log_evidence", "log_evidence_se", "island_log_evidence", "stages", "pareto_k", "tuning"):
+        assert not hasattr(smc, name) or name in ("stages", "pareto_k"), name
+    assert (smc.attributes, smc._stats) == ({}, {})
+    smc.model = 3
+    with pytest.raises(TypeError):
+        smc.run()
+    assert not hasattr(smc, "log_evidence")
+
+
+def test_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
+    whole = SMC(hard(), **HARD).run()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ifpyro.infer.engines.smc.SAVE_EVERY", 0.0)
+    monkeypatch.setattr("ifpyro.infer.engines.smc_state.write_tensors", full)
+    with pytest.warns(UserWarning, match="No space left on device; sampling goes on"):
+        assert_same_run(SMC(hard(), checkpoint=tmp_path / "particles", **HARD).run(), whole)
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        SMC(hard(), checkpoint=tmp_path / "nowhere" / "particles")

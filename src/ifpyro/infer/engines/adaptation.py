@@ -148,6 +148,16 @@ class TrajectoryLength:
         self._log_average = math.log(length)
         self._direction: Tensor | None = None
 
+    def state(self) -> tuple[list[float], Tensor | None]:
+        """All that it has learned: numbers, and the principal axis; see `resume`."""
+        return [self.length, self._count, self._log_average], self._direction
+
+    def resume(self, numbers: list[float], direction: Tensor | None) -> None:
+        """Go on from a `state`."""
+        length, count, log_average = numbers
+        self.length, self._count, self._log_average = float(length), int(count), float(log_average)
+        self._direction = direction
+
     def jitter(self, index: int) -> float:
         """Factor ``u`` in (0, 2), mean 1, quasi-random: consecutive trajectories cover short and long."""
         return 2.0 * van_der_corput(index + 1)

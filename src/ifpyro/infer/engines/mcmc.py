@@ -4,6 +4,7 @@ wrong."""
 import time
 import warnings
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ...core.arguments import check_count
 from ...core.errors import PoolError
+from ...core.files import check_writable, try_to_write
 from ...core.pool import Pool
 from ..model.batched import resolve_density
 from ..model.density import BatchedDensity, new_generator
@@ -101,7 +103,7 @@ class MCMC(Draws):
             smc_particles = check_count("smc_particles", smc_particles, 2 * ISLANDS)
         self.smc_particles = smc_particles
         super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
-        self._checkpoint = checkpoint
+        self._checkpoint = None if checkpoint is None else check_writable(checkpoint)
 
     def run(self, *args: Any, **kwargs: Any) -> "MCMC":
         """Sample the posterior of ``model(*args, **kwargs)``.
@@ -222,7 +224,10 @@ class MCMC(Draws):
         self._note_batching()
         self.attributes.update(warmup_steps=self.warmup_steps, divergences=int(self._stats["diverging"].sum()))
         if self._checkpoint is not None:
-            self.save(self._checkpoint)
+            try_to_write(partial(self.save, self._checkpoint), "the draws stay in memory")
+
+    def _take_facts(self, tensors: dict[str, Tensor], plain: dict[str, Any], shape: torch.Size) -> None:
+        self.num_chains, self.num_samples = shape[0], shape[1]
 
 
 def _show(bar: Any, warming: bool, stats: Stats, divergences: int) -> None:

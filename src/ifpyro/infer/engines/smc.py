@@ -16,7 +16,10 @@ size): the spread of their evidences is an honest standard error, and islands se
 """
 
 import math
+import time
 import warnings
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...core.arguments import check_count, check_fraction, check_level
+from ...core.files import check_writable, try_to_write
 from ...core.pool import Pool
 from ...flow.solver.fidelity import Level
 from ..model.batched import check_model, resolve_density
@@ -35,7 +39,11 @@ from .guided_density import LOOSE, Target, Value
 from .metric import cross_fitted_metric
 from .particle_moves import Moved, Mover, Stage
 from .prior_draws import prior_population, suffices, usable
+from .smc_state import SMCState, level_from_plain, level_to_plain, stage_from_plain, stage_to_plain, state_of
 from .tempering import along_a_curve, effective_fraction, next_temperature, systematic_resample
+
+SAVE_EVERY = 30.0
+"""Seconds between two writings of the particles."""
 
 FAR = 1e-7
 """First inverse temperature below which the user is warned."""
@@ -70,6 +78,8 @@ class SMC(Draws):
         progress: show a progress bar with temperature and evidence.
         pool: the processes among which the particles are divided, ``Pool.join()`` under ``torchrun``; all of them must
             make and run the same sampler, and the first one holds the draws.
+        checkpoint: a file to which the particles are written about every half minute, at Ctrl-C and at the end. If it
+            exists, `run` goes on from it, and ends with what it would have found uninterrupted.
 
     After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard
     error: the spread over islands, by the delta method, but never less than independent particles would give,
@@ -106,6 +116,7 @@ class SMC(Draws):
         batching: Literal["plate", "vmap", "loop"] | None = None,
         progress: bool = True,
         pool: Pool | None = None,
+        checkpoint: str | Path | None = None,
     ) -> None:
         check_model(model, "SMC")
         self.model = model
@@ -129,17 +140,25 @@ class SMC(Draws):
         check_level(level)
         self.level = level
         super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
+        self._checkpoint = None if checkpoint is None else check_writable(checkpoint)
+        self._state: SMCState | None = None
+        self._alone = True  # and not the start of chains
 
     def run(self, *args: Any, **kwargs: Any) -> "SMC":
         """Sample the posterior of ``model(*args, **kwargs)``.
+
+        Ctrl-C ends the run with a ``KeyboardInterrupt``: its particles are no draws of the posterior yet. `resume` goes
+        on from the last temperature that was finished.
 
         Returns:
             itself.
 
         Raises:
-            ValueError: if the model has no latent, or is impossible or not a number at every prior draw.
+            ValueError: if the model has no latent, is impossible or not a number at every prior draw, or the checkpoint
+                is of another sampler, model or data.
             RuntimeError: if the model fails on the way.
         """
+        self._forget()
         self.model_args, self.model_kwargs = args, kwargs
         density = resolve_density(
             self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
@@ -147,24 +166,68 @@ class SMC(Draws):
         with everywhere(density, self._pool) as shared:
             return self if shared is None else self.run_density(shared)
 
+    def resume(self) -> "SMC":
+        """Go on where Ctrl-C, or a failing model, ended the last run of this sampler in one process.
+
+        Returns:
+            itself.
+
+        Raises:
+            RuntimeError: if there is nothing to go on from.
+        """
+        if self._state is None or self._density is None or (self._pool is not None and self._pool.size > 1):
+            raise RuntimeError(
+                "there is no interrupted run to go on from: call run(...); a run of another process is gone on from "
+                "by SMC(..., checkpoint=PATH).run(...)"
+            )
+        return self.run_density(self._density)
+
+    def _forget(self) -> None:
+        """Drop what an earlier run found: a run that fails must not leave the evidence of another."""
+        self._positions, self._stats, self.attributes, self._state, self._density = None, {}, {}, None, None
+        for name in ("log_evidence", "log_evidence_se", "island_log_evidence", "stages", "pareto_k", "tuning"):
+            self.__dict__.pop(name, None)
+
+    def _options(self) -> dict[str, Any]:
+        """What decides the particles, beside model and data."""
+        names = ("num_particles", "num_islands", "ess_threshold", "prior_draws", "max_moves", "max_steps", "seed")
+        return {**{name: getattr(self, name) for name in names}, "level": level_to_plain(self.level)}
+
+    def _keep(self, state: SMCState, saved: float, left: str | None = None) -> float:
+        """Remember where the sampler stands, and write it down now and then (``left``: now); when that was last."""
+        self._state = state
+        if self._checkpoint is None or (left is None and time.monotonic() - saved < SAVE_EVERY):
+            return saved
+        try_to_write(partial(state.save, self._checkpoint, self._options()), left or "sampling goes on")
+        return time.monotonic()
+
     def run_density(self, density: BatchedDensity, generator: torch.Generator | None = None) -> "SMC":
         """Sample the posterior of a batched density; with many data sets (`ifpyro.infer.model.many`) all their
         posteriors, each with islands of its own, and evidences are then those of `island_log_evidence` only."""
-        self._density, self._positions = density, None
+        state = self._state
+        self._forget()
+        self._density, self._alone = density, generator is None
         generator = new_generator(density, self.seed) if generator is None else generator
         target = Target(density, self._batch_size, self.level, LOOSE)
         islands, per_island, families = self.num_islands, self.num_particles // self.num_islands, target.families
         if islands % families:
             raise ValueError(f"num_islands must be a multiple of the {families} data sets, got {islands}")
-        population = prior_population(target, self.num_particles, islands, self.prior_draws, generator)
-        q, fine = population.q, population.fine
-
-        self.stages, self.pareto_k = [], None
-        log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
+        if state is None and self._checkpoint is not None and self._checkpoint.exists():
+            state = SMCState.load(self._checkpoint, self._options(), target)
         groups = max(islands, 2 * families)  # a lone island is tuned half from half
-        floor = 0.0
-        mover = Mover(target, generator, q.shape[1] ** -0.25, self.max_steps, self.max_moves, groups)
-        beta = 0.0
+        mover = Mover(target, generator, density.dim**-0.25, self.max_steps, self.max_moves, groups)
+        self.stages, self.pareto_k = [], None
+        beta, floor = 0.0, 0.0
+        if state is None:
+            q, fine, prior_draws = prior_population(target, self.num_particles, islands, self.prior_draws, generator)
+            prior_draws = len(q)
+            log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
+        else:
+            state.resume(mover)
+            moved, beta, floor, prior_draws = state.moved, state.beta, state.floor, state.prior_draws
+            q, fine, log_evidence = moved.q, moved.fine, state.log_evidence.clone()
+            self.stages, self.pareto_k, self._state = list(state.stages), state.pareto_k, state
+        saved = time.monotonic()
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:
             while beta < 1.0:
@@ -198,20 +261,36 @@ class SMC(Draws):
                     break
                 try:
                     moved = mover.run(q, fine, beta, metric)
+                except KeyboardInterrupt:
+                    warnings.warn(f"interrupted: {self._where()}", stacklevel=3)
+                    raise
                 except Exception as error:
                     raise RuntimeError(
                         f"the model failed while particles moved at inverse temperature {beta:.3g} "
-                        f"({type(error).__name__}: {error}); there are no posterior draws before it reaches 1"
+                        f"({type(error).__name__}: {error}); {self._where()}"
                     ) from error
                 q, fine, stage = moved.q, moved.fine, moved.stage
                 self.stages.append(stage)
+                now = state_of(mover, moved, log_evidence, floor, prior_draws, self.stages, self.pareto_k)
+                saved = self._keep(now, saved, "the draws are not lost" if beta == 1.0 else None)
                 bar.set_postfix_str(
                     f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
                     f"accept={stage.acceptance:.2f} moves={stage.moves}"
                 )
         self.tuning = Tuning(mover.step.step_size, mover.length.length, moved.stage.level)
-        self._finish(moved, log_evidence, math.sqrt(floor), len(population.q))
+        self._finish(moved, log_evidence, math.sqrt(floor), prior_draws)
+        self._state = None
         return self
+
+    def _where(self) -> str:
+        """How to go on from where a run has ended; the particles are written down if there is a checkpoint."""
+        if self._state is None or not self._alone:
+            return "there are no posterior draws before the inverse temperature reaches 1"
+        told = f"the particles stand at inverse temperature {self._state.beta:.3g}, and resume() goes on from there"
+        if self._checkpoint is not None:
+            self._keep(self._state, 0.0, "they stay in memory")
+            told += f"; so does run(...) of another process with checkpoint={str(self._checkpoint)!r}"
+        return told
 
     def get_samples(self, group_by_chain: bool = False) -> dict[str, Tensor]:
         """Equally weighted draws of every named site in the user's space.
@@ -238,6 +317,30 @@ class SMC(Draws):
         index = systematic_resample(weight, generator, num // families)
         index = index + weight.shape[1] * torch.arange(families, device=index.device)[:, None]
         return positions.reshape(-1, positions.shape[-1])[index.flatten()]
+
+    def _facts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        plain = {
+            "log_evidence": self.log_evidence,
+            "log_evidence_se": self.log_evidence_se,
+            "pareto_k": self.pareto_k,
+            "stages": [stage_to_plain(stage) for stage in self.stages],
+            "tuning": [*self.tuning[:-1], level_to_plain(self.tuning.level)],
+        }
+        return {"island_log_evidence": self.island_log_evidence}, plain
+
+    def _take_facts(self, tensors: dict[str, Tensor], plain: dict[str, Any], shape: torch.Size) -> None:
+        evidence, se = float(plain["log_evidence"]), float(plain["log_evidence_se"])
+        stages = [stage_from_plain(stage) for stage in plain["stages"]]
+        step_size, length, level = plain["tuning"]
+        self._forget()
+        self.island_log_evidence, self.log_evidence, self.log_evidence_se = (
+            tensors["island_log_evidence"],
+            evidence,
+            se,
+        )
+        self.stages, self.pareto_k = stages, plain["pareto_k"]
+        self.tuning = Tuning(step_size, length, level_from_plain(level))
+        self.num_islands, self.num_particles = shape[0], shape[0] * shape[1]
 
     def _finish(self, moved: Moved, log_evidence: Tensor, floor: float, prior_draws: int) -> None:
         islands = self.num_islands

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.arguments import check_choice, check_count
-from ...core.files import read_tensors, write_tensors
+from ...core.files import read_tensors, reading, write_tensors
 from ...core.pool import Pool
 from ...flow.solver.fidelity import fidelity
 from ..model.batched import resolve_density
@@ -20,6 +20,9 @@ D = TypeVar("D", bound="Draws")
 
 SITE_ROWS = 4096
 """Draws turned into sites at a time, where no batch size is set."""
+
+WITNESSES = 64
+"""Draws from a file whose log-density must be what it was."""
 
 
 class Draws:
@@ -105,7 +108,15 @@ class Draws:
             RuntimeError: if there are no draws.
         """
         tensors = {"positions": self.positions()} | {f"stats.{name}": value for name, value in self._stats.items()}
-        write_tensors(path, tensors, "draws", {"seed": self.seed, "attributes": self.attributes})
+        more, facts = self._facts()
+        header = {
+            "sampler": type(self).__name__,
+            "seed": self.seed,
+            "attributes": self.attributes,
+            "sites": list(getattr(self._density, "latents", ())),
+            "facts": facts,
+        }
+        write_tensors(path, tensors | {f"facts.{name}": value for name, value in more.items()}, "draws", header)
 
     def restore(self: D, path: str | Path, *args: Any, **kwargs: Any) -> D:
         """Hold the draws of a file, of this model with these arguments, as if they had just been made.
@@ -115,23 +126,66 @@ class Draws:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if it is damaged, or its draws are of a model of another dimension.
+            ValueError: if it is damaged, or its draws are of another sampler, another model, or other data: at the
+                draws, the model's log-density must be what it was.
         """
         tensors, header = read_tensors(path, "draws")
         density = resolve_density(
             self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
         )
-        positions = tensors.pop("positions")
-        if positions.shape[-1] != density.dim:
+        with reading(path, "draws"):
+            q, log_density = self._witnesses(path, tensors, header, density)
+        with torch.no_grad(), fidelity("fine"):
+            log_prior, log_likelihood = density(q)
+        check_same_density((log_prior + log_likelihood).cpu(), log_density, f"the draws in {path}")
+        with reading(path, "draws"):
+            stats = {name.removeprefix("stats."): value for name, value in tensors.items() if name.startswith("stats.")}
+            facts = {name.removeprefix("facts."): value for name, value in tensors.items() if name.startswith("facts.")}
+            positions, attributes = tensors["positions"].to(q.device), dict(header["attributes"])
+            seed = int(header["seed"])
+            self._take_facts(facts, header.get("facts", {}), positions.shape)
+        self.model_args, self.model_kwargs, self._density = args, kwargs, density
+        self._positions, self._stats, self.seed, self.attributes = positions, stats, seed, attributes
+        return self
+
+    def _facts(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What else a run found: tensors, and plain data."""
+        return {}, {}
+
+    def _take_facts(self, tensors: dict[str, Tensor], plain: dict[str, Any], shape: torch.Size) -> None:
+        """Take over what `_facts` gave to a file with draws of this shape."""
+
+    def _witnesses(
+        self, path: str | Path, tensors: dict[str, Tensor], header: dict[str, Any], density: BatchedDensity
+    ) -> tuple[Tensor, Tensor]:
+        """Some draws of a file, and the log-densities they were kept with.
+
+        Raises:
+            ValueError: if the file is damaged, or its draws are of another sampler or of other sites.
+        """
+        positions, sampler = tensors["positions"], header.get("sampler", type(self).__name__)
+        if sampler != type(self).__name__:
+            raise ValueError(
+                f"the draws in {path} were made by {sampler}, not by {type(self).__name__}; restore them into one"
+            )
+        sites, found = header.get("sites", []), list(getattr(density, "latents", ()))
+        if sites and sites != found:
+            raise ValueError(f"the draws in {path} are of the sites {sites}, this model has {found}")
+        if positions.ndim != 3 or positions.shape[-1] != density.dim:
             raise ValueError(
                 f"the draws in {path} have {positions.shape[-1]} dimensions, this model has {density.dim}; restore "
                 "them into the model and with the arguments that they were drawn from"
             )
-        self.model_args, self.model_kwargs, self._density = args, kwargs, density
-        self._positions = positions.to(getattr(density, "device", "cpu"))
-        self._stats = {name.removeprefix("stats."): value for name, value in tensors.items()}
-        self.seed, self.attributes = header["seed"], header["attributes"]
-        return self
+        for name, value in tensors.items():
+            if name.startswith("stats.") and value.shape != positions.shape[:2]:
+                raise ValueError(
+                    f"{path} is damaged: {name} has shape {tuple(value.shape)} for {tuple(positions.shape)}"
+                )
+        flat, log_density = positions.flatten(0, 1), tensors["stats.lp"].flatten()
+        if not bool(flat.isfinite().all()):
+            raise ValueError(f"{path} is damaged: some draws are not finite")
+        pick = torch.arange(0, len(flat), max(1, len(flat) // WITNESSES))[:WITNESSES]
+        return flat[pick].to(getattr(density, "device", "cpu")), log_density[pick]
 
     def diagnostics(self) -> dict[str, Any]:
         """Per site ``{"n_eff": ..., "r_hat": ...}`` (ArviZ), and ``"divergences"``: chain -> indices of
@@ -173,3 +227,25 @@ class Draws:
                 f"({type(error).__name__}: {error}); the unconstrained draws are kept: positions()"
             ) from error
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def check_same_density(now: Tensor, before: Tensor, what: str) -> None:
+    """Refuse draws whose log-density is not what it was when they were made: they are of another model or other data.
+
+    Args:
+        now: the log-density that a model gives them, ``(n,)``.
+        before: the one they were kept with, ``(n,)``.
+        what: the draws, for the message.
+
+    Raises:
+        ValueError: if the two differ by more than rounding for more than a tenth of the draws.
+    """
+    relative = 1e-7 if now.dtype == torch.float64 else 1e-4
+    near = (now - before.to(now)).abs() <= relative * (1 + before.to(now).abs())
+    same = near | (now == before.to(now)) | now.isnan()
+    if float(same.double().mean()) < 0.9:
+        worst = int((now - before.to(now)).abs().nan_to_num(0.0).argmax())
+        raise ValueError(
+            f"{what} are of another model or of other data: the log-density was {float(before[worst]):.6g} and is now "
+            f"{float(now[worst]):.6g}; pass the model and the arguments that they were drawn from"
+        )
