@@ -143,8 +143,8 @@ def state_of(
     return SMCState(moved, evidence, floor, prior_draws, list(stages), pareto_k, tuning, direction, random_state)
 
 
-def level_to_plain(level: Level) -> Any:
-    """A fidelity as JSON can hold it."""
+def level_to_plain(level: Level | None) -> Any:
+    """A fidelity, or none, as JSON can hold it."""
     return {"evaluations": level.count} if isinstance(level, Evaluations) else level
 
 
@@ -161,4 +161,4 @@ def stage_to_plain(stage: Stage) -> list[Any]:
 
 def stage_from_plain(value: list[Any]) -> Stage:
     """The stage of `stage_to_plain`."""
-    return Stage(*value[:-1], level_from_plain(value[-1]))
+    return Stage._make([*value[:-1], level_from_plain(value[-1])])
