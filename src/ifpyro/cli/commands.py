@@ -14,8 +14,8 @@ from torch.distributions.constraints import Constraint
 from tqdm.auto import tqdm
 
 from ..checks.checking import check
-from ..core.figures import save_figure
-from ..core.files import write_atomically
+from ..core.figures import check_picture, save_figure
+from ..core.files import check_writable, write_atomically
 from ..core.pool import Pool
 from ..data.files import load_rows, open_data
 from ..flow.axes.schedule import Schedule
@@ -65,9 +65,11 @@ def parse_schedule(text: str) -> Schedule:
 
 def run_fit(options: Any) -> int:
     """``ifpyro fit``: one process, or one of several under ``torchrun`` or ``accelerate launch``."""
-    out = _writable(options.out)
+    out = check_writable(options.out)
     checkpoint = Path(options.checkpoint or f"{out}.checkpoint")
-    _writable(checkpoint)
+    check_writable(checkpoint)
+    if checkpoint.absolute() == out.absolute():
+        raise ValueError(f"expected --checkpoint and --out to be two files, got {out} for both")
     schedule = parse_schedule(options.schedule)
     pool = Pool.join()
     try:
@@ -117,7 +119,7 @@ def run_fit(options: Any) -> int:
 
 def run_sample(options: Any) -> int:
     """``ifpyro sample``."""
-    out = _writable(options.out)
+    out = check_writable(options.out)
     if out.suffix not in (".npy", ".npz"):
         raise ValueError(f"--out expects a file that ends in .npy or .npz, got {out}")
     flow = load_flow(options.flow, device=options.device)
@@ -138,7 +140,11 @@ def run_sample(options: Any) -> int:
 
 def run_check(options: Any) -> int:
     """``ifpyro check``: prints the table; fails if a row of it does."""
-    outputs = [_writable(path) for path in (options.json, options.picture) if path is not None]
+    for path in (options.json, options.flow if options.store else None):
+        if path is not None:
+            check_writable(path)
+    if options.picture is not None:
+        check_picture(options.picture)
     flow = load_flow(options.flow, device=options.device)
     size = options.size or (flow.event_shape[1:] if len(flow.event_shape) == 3 else None)
     grey = len(flow.event_shape) == 3 and flow.event_shape[0] == 1
@@ -157,9 +163,9 @@ def run_check(options: Any) -> int:
         store=options.store,
     )
     if options.json is not None:
-        write_atomically(outputs[0], lambda file: file.write((result.to_json() + "\n").encode()))
+        write_atomically(options.json, lambda file: file.write((result.to_json() + "\n").encode()))
     if options.picture is not None:
-        save_figure(result.plot(), outputs[-1])
+        save_figure(result.plot(), options.picture)
     if options.store:
         flow.save(options.flow)
     print(str(result).splitlines()[-1] if options.quiet else result)
@@ -199,17 +205,6 @@ def graceful(pool: Pool) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _writable(path: str | Path) -> Path:
-    """``path``, refused now if nothing could be written there after hours of work."""
-    path = Path(path)
-    folder = path.parent
-    if not folder.is_dir():
-        raise FileNotFoundError(f"expected to write {path}, but there is no folder {folder}; make it first")
-    if path.is_dir():
-        raise ValueError(f"expected a file to write, but {path} is a folder")
-    return path
 
 
 def _told(flow: Any, out: Path) -> str:

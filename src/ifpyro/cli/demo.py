@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from ..core.figures import image_rows, posterior_images, save_figure
+from ..core.figures import check_picture, image_rows, posterior_images, save_figure
 from ..flow.flow import InflationaryFlow
 from ..infer import SMC
 from ..training import fit
@@ -72,6 +72,7 @@ def run_demo(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
+    check_picture(out / "prior.png")
     train, held_out = digits(seed)
     start = time.perf_counter()
     flow = fit(train, support=constraints.unit_interval, seed=seed, max_steps=max_steps, progress=progress)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ examples:
   ifpyro demo
 
 exit codes: 0 all is well; 1 a check failed; 2 the arguments or the input are wrong (one line on stderr says what);
-130 interrupted, after writing what there was"""
+70 ifpyro itself failed (with a traceback); 130 interrupted, after writing what there was"""
 
 _FIT = """\
 DATA is one of
@@ -67,6 +68,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"ifpyro {options.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except MemoryError:
+        print(f"ifpyro {options.command}: there is not enough memory", file=sys.stderr)
+        return 2
+    except Exception:
+        # Never 1, which means that a check failed.
+        traceback.print_exc()
+        print(f"ifpyro {options.command}: this is a fault of ifpyro; please report it", file=sys.stderr)
+        return 70
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from .files import check_writable, write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -68,8 +70,23 @@ def posterior_images(observation: Any, draws: Any, truth: Any, *, shown: int = 8
 
 
 def save_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure to a PNG."""
-    figure.savefig(path, dpi=150)
+    """Write a figure to a file, in the format that its name ends in, atomically."""
+    kind = check_picture(path)
+    write_atomically(path, lambda file: figure.savefig(file, dpi=150, format=kind))
+
+
+def check_picture(path: str | Path) -> str:
+    """The format of a picture by the ending of its name, before anything is drawn.
+
+    Raises:
+        ImportError: without matplotlib.
+        ValueError: if matplotlib does not write that format, or nothing can be written there.
+    """
+    known = new_figure(1, 1).canvas.get_supported_filetypes()
+    kind = check_writable(path).suffix.lower().removeprefix(".")
+    if kind not in known:
+        raise ValueError(f"expected the name of a picture to end in .png, .pdf or .svg, got {path}")
+    return kind
 
 
 def new_figure(width: float, height: float) -> "Figure":

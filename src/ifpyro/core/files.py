@@ -187,7 +187,7 @@ def reading(path: str | Path, what: str) -> Iterator[None]:
     except ValueError as error:
         if str(path) in str(error):
             raise
-        raise ValueError(f"{path} does not hold {what} of this ifpyro: {error}") from error
+        raise ValueError(f"{path}: {error}") from error
     except (
         LookupError,
         TypeError,

@@ -1,6 +1,7 @@
 """Data files for the command line: ``.npy``, ``.npz``, zarr, or a folder of images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +37,15 @@ def open_data(
     if not path.exists():
         raise FileNotFoundError(f"expected data at {path}, found nothing there")
     if path.suffix == ".npy":
-        return _small(_numpy(path, mmap_mode="r"))
+        return _small(_numpy(path, mmap_mode="r"), path)
     if path.suffix == ".npz":
-        return _one_of(_numpy(path), path, key)
+        archive = _numpy(path)
+        if not hasattr(archive, "files"):  # an array under the name of an archive
+            return _small(archive, path)
+        with archive:
+            name = _one_of({name: name for name in archive.files}, path, key)
+            with _read_by_numpy(path):
+                return _small(archive[name], path)
     if path.suffix == ".zarr" or any((path / name).exists() for name in ("zarr.json", ".zarray", ".zgroup")):
         return _zarr(path, key)
     if path.is_dir():
@@ -113,18 +120,38 @@ class ImageFolder(Dataset[Tensor]):
 
 
 def _numpy(path: Path, **options: Any) -> Any:
-    try:
+    with _read_by_numpy(path):
         return np.load(path, allow_pickle=False, **options)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path} cannot be read as a NumPy file of numbers ({error})") from error
 
 
-def _small(x: np.ndarray) -> np.ndarray:
-    return np.array(x) if x.nbytes <= IN_MEMORY else x
+@contextmanager
+def _read_by_numpy(path: Path) -> Iterator[None]:
+    """What NumPy, zipfile or zlib say of a file that they cannot read, as one kind of error that names the file.
+
+    A damaged archive shows itself only when an array is taken out of it, and in a dozen different ways.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise ValueError(
+            f"{path} says that it holds more than fits into memory; it is damaged, or too large"
+        ) from error
+    except Exception as error:
+        told = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a NumPy file of numbers ({told})") from error
+
+
+def _small(x: Any, path: Path) -> np.ndarray:
+    with _read_by_numpy(path):
+        if not isinstance(x, np.ndarray):
+            raise ValueError(f"it holds {type(x).__name__}")
+        if x.dtype.kind not in "biuf":
+            raise ValueError(f"it holds {x.dtype}, which are no real numbers")
+        return np.array(x) if x.nbytes <= IN_MEMORY else x
 
 
 def _one_of(arrays: Any, path: Path, key: str | None) -> Any:
-    names = sorted(arrays)
+    names = sorted(map(str, arrays))
     if key is None and len(names) == 1:
         key = names[0]
     if key not in names:
@@ -144,4 +171,9 @@ def _zarr(path: Path, key: str | None) -> Any:
         raise ValueError(f"{path} cannot be read as a zarr store ({error})") from error
     if not hasattr(found, "shape"):
         found = _one_of(dict(found.arrays()), path, key)
-    return np.asarray(found[...]) if found.nbytes <= IN_MEMORY else found
+    if found.nbytes > IN_MEMORY:
+        return found
+    try:
+        return np.asarray(found[...])
+    except Exception as error:  # a damaged chunk: every codec has errors of its own
+        raise ValueError(f"{path} cannot be read as a zarr store ({error})") from error

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.files import read_tensors
-from ..data.support import support_from_dict
+from ..core.files import read_tensors, reading
+from ..data.support import from_free, support_from_dict
 from .axes.basis import Basis
 from .axes.schedule import Schedule
 from .axes.separable import SeparableAxes
@@ -16,6 +16,8 @@ from .networks.images import build_velocity
 from .networks.velocity import Velocity
 from .pretrained import restore
 from .solver.grid import Grid
+
+_MOST = 10**6  # of what is counted in a file
 
 
 def load_flow(path: str | Path, *, network: Any = None, device: torch.device | str | None = None) -> InflationaryFlow:
@@ -32,32 +34,106 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
         ValueError: if the file is damaged, foreign, from a newer version, or needs ``network``, or another one.
     """
     tensors, header = read_tensors(path, "flow")
-    if network is None and header["network"] is None:
-        raise ValueError(
-            f"the flow in {path} has a network of its user's own; pass an instance as load(..., network=...)"
-        )
+    with reading(path, "a flow"):
+        spec = header["network"]
+        if spec is not None and not isinstance(spec, dict):
+            raise ValueError(f"expected a network as plain data, got {spec!r}")
+        if network is None and spec is None:
+            raise ValueError(
+                f"the flow in {path} has a network of its user's own; pass an instance as load(..., network=...)"
+            )
+        _check_basis(tensors)
+        options = _options(header)
+        schedule, basis = Schedule.from_dict(header["schedule"]), _basis(tensors)
     velocity: Velocity
-    if header["network"] is not None and header["network"]["kind"] == "denoiser":
-        velocity = restore(header["network"], network)
+    if spec is not None and spec.get("kind") == "denoiser":
+        velocity = restore(spec, network, path)
+    elif network is not None:
+        velocity = network
     else:
-        velocity = network if network is not None else build_velocity(header["network"])
-    dtype = tensors["basis.scale"].dtype
-    flow = InflationaryFlow(
-        _basis(tensors),
-        Schedule.from_dict(header["schedule"]),
-        velocity.to(dtype),
-        event_shape=header["event_shape"],
-        support=None if header["support"] is None else support_from_dict(header["support"]),
-        grid=Grid(**{**header["grid"], "knots": tuple(header["grid"].get("knots", ()))}),
-        coarse_steps=header["coarse_steps"],
-        refinements=header["refinements"],
-        report=header["report"],
-    )
+        with reading(path, "a flow"):
+            _check_finite(tensors, "velocity.")
+            velocity = build_velocity(spec)
+    velocity = velocity.to(basis.scale.dtype)
+    with reading(path, "a flow"):
+        flow = InflationaryFlow(basis, schedule, velocity, **options)
+        flow.exact_up_to = _count(header.get("exact_up_to", flow.exact_up_to), "exact_up_to", 0, most=2**63)
+        flow.autocast = _dtype(header.get("autocast"))
+        free = basis.scale.new_zeros(1, flow.latent_dim)
+        x, log_det = from_free(free, flow.support, flow.event_shape, True)
+        if x.shape != (1, *flow.event_shape) or not bool((x.sum() + log_det).isfinite()):
+            raise ValueError(
+                f"events {tuple(flow.event_shape)} do not fit a basis of {flow.latent_dim} axes, or the support"
+            )
     try:
         flow.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(f"the weights in {path} do not fit the network: {error}") from error
+    if network is None:
+        with reading(path, "a flow"), torch.no_grad():
+            like = basis.scale.new_zeros(1, flow.latent_dim)
+            found = flow.velocity(like, flow.velocity.embed(like.new_full((1,), 0.5, dtype=torch.double)))
+            if found.shape != like.shape or not bool(found.isfinite().all()):
+                raise ValueError(f"the network maps {tuple(like.shape)} to {tuple(found.shape)}, or to NaN")
     return flow.to(device) if device is not None else flow
+
+
+def _options(header: dict[str, Any]) -> dict[str, Any]:
+    """What a header says of a flow beside its network, schedule and axes."""
+    shape, grid, report = header["event_shape"], header["grid"], header["report"]
+    _count(grid["steps"], "steps", 1)
+    if not isinstance(shape, list) or not isinstance(report, dict):
+        raise ValueError(f"expected an event shape and a report, got {shape!r} and {type(report).__name__}")
+    return {
+        "event_shape": [_count(size, "event_shape", 1) for size in shape],
+        "support": None if header["support"] is None else support_from_dict(header["support"]),
+        "grid": Grid(**{**grid, "knots": tuple(map(float, grid.get("knots", ())))}),
+        "coarse_steps": _count(header["coarse_steps"], "coarse_steps", 1),
+        "refinements": _count(header["refinements"], "refinements", 0),
+        "report": report,
+    }
+
+
+def _count(value: Any, name: str, least: int, most: int = _MOST) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"expected {name} to be an integer of at least {least}, and not absurd, got {value!r}")
+    return value
+
+
+def _dtype(name: Any) -> torch.dtype | None:
+    if name is None:
+        return None
+    found = getattr(torch, name) if isinstance(name, str) else None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"expected autocast to be the name of a dtype, got {name!r}")
+    return found
+
+
+def _check_basis(tensors: dict[str, Tensor]) -> None:
+    """Refuse axes that are no axes, which a right checksum does not show."""
+    mean, scale, unit = (tensors[f"basis.{name}"] for name in ("mean", "scale", "unit"))
+    dim = len(scale)
+    if scale.dtype not in (torch.float32, torch.float64) or any(x.shape != (dim,) for x in (mean, scale, unit)):
+        raise ValueError(f"expected mean, scale and unit of {dim} axes, got {[tuple(x.shape) for x in (mean, unit)]}")
+    if not bool((scale > 0).all() & (unit > 0).all()):
+        raise ValueError("expected positive scales and units of the axes")
+    _check_finite(tensors, "basis.")
+    for name, value in tensors.items():
+        wanted = torch.long if name == "basis.rotation.order" else scale.dtype
+        if name.startswith("basis.") and value.dtype != wanted:
+            raise ValueError(f"expected {name} to be {wanted}, got {value.dtype}")
+    rotation = tensors.get("basis.rotation")
+    if rotation is not None and (rotation.ndim != 2 or len(rotation) != dim or rotation.shape[1] > dim):
+        raise ValueError(f"expected a rotation of {dim} columns, got {tuple(rotation.shape)}")
+    order = tensors.get("basis.rotation.order")
+    if order is not None and not torch.equal(order.sort().values, torch.arange(dim)):
+        raise ValueError(f"expected an order of {dim} axes")
+
+
+def _check_finite(tensors: dict[str, Tensor], prefix: str) -> None:
+    for name, value in tensors.items():
+        if name.startswith(prefix) and value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(f"{name} holds NaN or infinity")
 
 
 def _basis(tensors: dict[str, Tensor]) -> Basis:

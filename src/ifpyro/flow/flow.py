@@ -370,7 +370,11 @@ class InflationaryFlow(nn.Module):
     # -- files ------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
-        """Write the flow to one safetensors file, atomically."""
+        """Write the flow to one safetensors file, atomically, with every setting that changes numbers.
+
+        What only changes how they are computed (``gradient_checkpointing``, ``cuda_graphs``, a compiled step) is not
+        kept.
+        """
         header = {
             "schedule": self.schedule.to_dict(),
             "network": self.velocity.spec(),
@@ -379,6 +383,8 @@ class InflationaryFlow(nn.Module):
             "grid": asdict(self.grid),
             "coarse_steps": self.coarse_steps,
             "refinements": self.refinements,
+            "exact_up_to": self.exact_up_to,
+            "autocast": None if self.autocast is None else str(self.autocast).removeprefix("torch."),
             "report": self.report,
         }
         write_tensors(path, self.state_dict(), "flow", header)

@@ -4,11 +4,13 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..core.files import reading
 from ..data.samples import as_samples
 from .axes.basis import Basis, kind_for
 from .axes.schedule import Schedule
@@ -108,31 +110,35 @@ def from_denoiser(
     return flow
 
 
-def restore(spec: dict[str, Any], denoiser: Any) -> DenoiserVelocity:
+def restore(spec: dict[str, Any], denoiser: Any, path: str | Path) -> DenoiserVelocity:
     """The velocity that :meth:`DenoiserVelocity.spec` described, with the network that it refers to.
 
     Args:
         spec: plain data from a file.
         denoiser: what :func:`from_denoiser` was given as its first argument.
+        path: the file.
 
     Raises:
-        ValueError: if it is another network.
+        ValueError: if it is another network, or the file does not say what a denoiser is.
     """
-    named = f" {spec['reference']!r}" if spec["reference"] else ""
+    named = f" {spec['reference']!r}" if spec.get("reference") else ""
     if denoiser is None:
         raise ValueError(
             f"this flow refers to a pretrained network{named} and does not contain it; load that network and pass it "
             "as load(..., network=...)"
         )
     network, given, _ = _unpack(denoiser)
-    path = noise_from_dict(spec["noise"], as_noise(given) if spec["noise"]["kind"] == "continuous" else None)
-    velocity = DenoiserVelocity(
-        network, path, spec["prediction"], spec["event_shape"], tuple(spec["rescale"]), spec["reference"]
-    )
-    if (found := velocity.spec()["checksum"]) != spec["checksum"]:
+    with reading(path, "a flow"):
+        continuous = spec["noise"]["kind"] == "continuous"
+        noise = noise_from_dict(spec["noise"], as_noise(given) if continuous else None)
+        shape = [int(size) for size in spec["event_shape"]]
+        factor, shift = spec["rescale"]
+        velocity = DenoiserVelocity(network, noise, spec["prediction"], shape, (factor, shift), spec["reference"])
+        expected = str(spec["checksum"])
+    if (found := velocity.spec()["checksum"]) != expected:
         raise ValueError(
             f"expected the network{named} with the weights it had when the flow was saved (sha256 "
-            f"{spec['checksum'][:12]}...), got other weights ({found[:12]}...); a flow is only valid with its own"
+            f"{expected[:12]}...), got other weights ({found[:12]}...); a flow is only valid with its own"
         )
     return velocity
 

@@ -74,8 +74,8 @@ class Grid:
             raise ValueError(f"expected a method among {sorted(TABLEAUX)}, got {self.method!r}")
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"a grid expects steps to be a positive integer, got {self.steps!r}")
-        if not self.power > 0:
-            raise ValueError(f"a grid expects power > 0, got {self.power!r}")
+        if not 0 < self.power < 100:
+            raise ValueError(f"a grid expects power > 0, and not absurd, got {self.power!r}")
         if self.knots and (self.knots[0], self.knots[-1]) != (0.0, 1.0):
             raise ValueError(f"a grid expects knots from 0 to 1, got {self.knots[0]!r} to {self.knots[-1]!r}")
         if not all(a < b for a, b in pairwise(self.knots)):
