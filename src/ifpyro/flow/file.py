@@ -53,7 +53,7 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
     else:
         with reading(path, "a flow"):
             _check_finite(tensors, "velocity.")
-            velocity = build_velocity(spec)
+            velocity = build_velocity(dict(spec or {}))
     velocity = velocity.to(basis.scale.dtype)
     with reading(path, "a flow"):
         flow = InflationaryFlow(basis, schedule, velocity, **options)

@@ -90,7 +90,10 @@ def make_network(network: Velocity | dict[str, Any] | None, rows: int, basis: Ba
                 made.inlet.bias.mul_(_INLET)
         return made
     if not isinstance(network, Velocity):
-        raise TypeError(f"network expects a Velocity or options for MLP, got {type(network).__name__}")
+        raise TypeError(
+            "network expects an ifpyro.flow.networks.velocity.Velocity or options for MLP, got "
+            f"{type(network).__name__}"
+        )
     network = copy.deepcopy(network).requires_grad_(True).train().to(basis.scale)
     network.attach(basis, angles)
     with torch.no_grad():

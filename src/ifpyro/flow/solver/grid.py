@@ -75,7 +75,7 @@ class Grid:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
             raise ValueError(f"a grid expects steps to be a positive integer, got {self.steps!r}")
         if not 0 < self.power < 100:
-            raise ValueError(f"a grid expects power > 0, and not absurd, got {self.power!r}")
+            raise ValueError(f"a grid expects 100 > power > 0, got {self.power!r}")
         if self.knots and (self.knots[0], self.knots[-1]) != (0.0, 1.0):
             raise ValueError(f"a grid expects knots from 0 to 1, got {self.knots[0]!r} to {self.knots[-1]!r}")
         if not all(a < b for a, b in pairwise(self.knots)):
