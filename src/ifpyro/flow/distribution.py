@@ -1,6 +1,10 @@
 """The flow as a Pyro transform and a Pyro distribution: the only module that knows ``pyro.distributions``."""
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
 import pyro.distributions as dist
@@ -36,6 +40,32 @@ class _Flow(Protocol):
     def encode_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def decode_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass
+class Decodes:
+    """What flows are told of the latents of one run of a model: results that exist already, and who asks for which.
+
+    Attributes:
+        known: Latent, flow and what it decodes to; the very same latent is then not decoded again.
+        asked: Latents and the flows that were asked to decode them, in order.
+    """
+
+    known: list[tuple[Tensor, Any, Tensor]] = field(default_factory=list)
+    asked: list[tuple[Tensor, Any]] = field(default_factory=list)
+
+
+_DECODES: ContextVar[Decodes | None] = ContextVar("ifpyro_decodes", default=None)
+
+
+@contextmanager
+def sharing(decodes: Decodes) -> Iterator[None]:
+    """Within, every :class:`FlowTransform` looks for its result in ``decodes`` and notes there what it is asked."""
+    token = _DECODES.set(decodes)
+    try:
+        yield
+    finally:
+        _DECODES.reset(token)
 
 
 class FlowTransform(TransformModule):
@@ -98,6 +128,12 @@ class FlowTransform(TransformModule):
 
     def __call__(self, z: Tensor) -> Tensor:
         """Data ``x`` of latents ``z``."""
+        decodes = _DECODES.get()
+        if decodes is not None:
+            decodes.asked.append((z, self.flow))
+            for latent, flow, x in decodes.known:
+                if latent is z and flow is self.flow:
+                    return x
         if self._cache_size == 0:
             return self.flow.decode(z)
         state = self.flow.map.state()

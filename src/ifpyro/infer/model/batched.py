@@ -105,6 +105,8 @@ class BatchedModel:
         self._runner = Runner(model, args, kwargs, self._layout)
         with seeded(seed), pyro.validation_enabled(False):
             probes = collect_probes(self._runner)
+            with torch.no_grad():
+                self._runner.find_flows(probes.q[0])
             if invalid is not None:
                 raise ModelError(
                     f"at some prior draws the model is invalid: {invalid}\nKeep parameters where they belong (exp, "

@@ -17,17 +17,19 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.ops.contract import contract_tensor_tree
+from pyro.poutine.enum_messenger import EnumMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ...core.errors import ModelError
+from ...flow.solver.steps import is_wrapped
 from .handlers import Evaluate
 from .layout import Layout, is_deterministic
+from .log_einsum import LogRing
 
 Model = Callable[..., Any]
 
@@ -57,7 +59,7 @@ def sum_out(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     look, again = _Look(), _Look()
     with look:
         model(*args, **kwargs)
-    with again, poutine.enum(first_available_dim=-look.depth - 2):
+    with again, _Enumerate(-look.depth - 2):
         model(*args, **kwargs)
     for name, shape in look.computed.items():
         if again.computed.get(name) != shape:
@@ -69,7 +71,7 @@ def sum_out(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     def summed(original: Model) -> Model:
         def marginal(*args: Any, **kwargs: Any) -> Any:
             collect = _Collect(look.depth)
-            with collect, poutine.enum(first_available_dim=-look.depth - 2):
+            with collect, _Enumerate(-look.depth - 2):
                 result = original(*args, **kwargs)
             if collect.names:
                 first, *others = collect.names
@@ -80,6 +82,16 @@ def sum_out(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
         return marginal
 
     return summed
+
+
+class _Enumerate(EnumMessenger):  # type: ignore[misc]
+    """Pyro's enumeration, which asks for the shape of a value in a way that ``vmap`` does not allow."""
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        value = msg["value"]
+        if isinstance(value, Tensor) and is_wrapped(value):
+            msg = {**msg, "value": torch.empty(value.shape, device="meta")}
+        super()._pyro_post_sample(msg)
 
 
 class _Look(Evaluate):
@@ -159,7 +171,7 @@ class _Collect(Messenger):
             terms.setdefault(ordinal, []).append(site["packed"]["log_prob"])
         sums = set(trace.symbol_to_dim) - set(plates.values())
         total = torch.zeros(())
-        for found in contract_tensor_tree(terms, sums).values():
+        for found in contract_tensor_tree(terms, sums, ring=LogRing()).values():
             for term in found:
                 total = total + _over_all_but(term, plates[_DRAWS])
         return total.reshape(-1, *(1,) * self.depth) if size > 1 else total.reshape((1,) * self.depth)

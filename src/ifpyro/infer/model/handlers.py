@@ -10,6 +10,7 @@ which is what an outermost plate of size ``n`` would do. Whether a model may be 
 `ifpyro.infer.model.verify`; the handlers here only do the arithmetic.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyro
@@ -19,6 +20,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform, biject_to
 
 from ...core.errors import BatchingError
+from ...flow.distribution import Decodes
 from .layout import LatentSite, Layout, is_deterministic, scale_and_mask, split_mask
 
 
@@ -149,16 +151,37 @@ class Evaluate(Messenger):
 
 
 class FromVector(Evaluate):
-    """Latent values from ``q``, of shape ``(dim,)`` for one draw and ``(n, dim)`` for ``rows=n``."""
+    """Latent values from ``q``, of shape ``(dim,)`` for one draw and ``(n, dim)`` for ``rows=n``.
 
-    def __init__(self, layout: Layout, q: Tensor, rows: int | None = None, *, score: bool = True):
+    Args:
+        layout: the latent sites.
+        q: the unconstrained draws.
+        rows: number of draws in one run under a plate; None for a single draw.
+        score: whether log-probabilities are wanted.
+        decoded: latent site to its flow and what that makes of this draw, where it is known.
+
+    Attributes:
+        decodes: what flows are told of this run.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        q: Tensor,
+        rows: int | None = None,
+        *,
+        score: bool = True,
+        decoded: Mapping[str, tuple[Any, Tensor]] | None = None,
+    ):
         super().__init__(layout, rows, score=score)
-        self.q = q
+        self.q, self.decoded, self.decodes = q, decoded or {}, Decodes()
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
         """The site's slice of ``q``, constrained."""
         u = self.q[..., site.start : site.stop]
         u = u.reshape(self.batch_shape(site) + site.unconstrained_event_shape).to(site.dtype)
+        if site.name in self.decoded:
+            self.decodes.known.append((u, *self.decoded[site.name]))
         return (u, None) if site.is_real else (self._transform(site, fn)(u), u)
 
 

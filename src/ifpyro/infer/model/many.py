@@ -39,6 +39,7 @@ class _RowRunner(Runner):
     ) -> None:
         super().__init__(prepare(model), base.args, base.kwargs, base.layout)
         self._plain, self._prepare, self._data = model, prepare, dict(data)
+        self.flows = base.flows
 
     def row(self, i: int) -> Runner:
         """The runner of one row."""
@@ -49,12 +50,14 @@ class _RowRunner(Runner):
         if batching == "plate":
             return self._over(self._data, self.layout.depth).terms("plate", q)
 
-        def one(row: Tensor, data: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            run = self._over(data).single(row)
+        def one(
+            row: Tensor, data: dict[str, Tensor], decoded: dict[str, Tensor]
+        ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            run = self._over(data).single(row, decoded)
             return run.log_prior, run.log_likelihood
 
         result = Evaluate(self.layout, len(q))
-        result.log_prior, result.log_likelihood = torch.func.vmap(one)(q, self._data)
+        result.log_prior, result.log_likelihood = torch.func.vmap(one)(q, self._data, self.decode(q))
         return result
 
     def totals(self, batching: Batching, q: Tensor) -> Totals:
@@ -68,7 +71,9 @@ class _RowRunner(Runner):
         return torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows])
 
     def _over(self, data: Mapping[str, Tensor], depth: int | None = None) -> Runner:
-        return Runner(self._prepare(with_data(self._plain, data, depth)), self.args, self.kwargs, self.layout)
+        runner = Runner(self._prepare(with_data(self._plain, data, depth)), self.args, self.kwargs, self.layout)
+        runner.flows = self.flows
+        return runner
 
 
 class ManyDataSets:

@@ -3,13 +3,15 @@
 Nothing here asks whether a way is right for the model; `ifpyro.infer.model.verify` does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ...core.errors import BatchingError
+from ...flow.distribution import sharing
 from .handlers import Evaluate, FromPrior, FromValues, FromVector
 from .layout import Layout
 
@@ -25,12 +27,16 @@ class Runner:
         args: its positional arguments.
         kwargs: its keyword arguments.
         layout: its latent sites.
+
+    Attributes:
+        flows: latent site to the flow that decodes it, once `find_flows` has looked.
     """
 
     def __init__(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], layout: Layout
     ) -> None:
         self.model, self.args, self.kwargs, self.layout = model, args, kwargs, layout
+        self.flows: dict[str, Any] = {}
 
     def run(self, handler: Any) -> Any:
         """Execute the model under a handler and return the handler."""
@@ -38,39 +44,63 @@ class Runner:
             self.model(*self.args, **self.kwargs)
         return handler
 
-    def single(self, row: Tensor) -> Evaluate:
-        """All terms of one draw, ``(dim,)``."""
-        return self.run(FromVector(self.layout, row))
+    def single(self, row: Tensor, decoded: Mapping[str, Tensor] | None = None, *, score: bool = True) -> Evaluate:
+        """All terms of one draw, ``(dim,)``; what flows make of its latents may be known already (`decode`)."""
+        known = {name: (self.flows[name], value) for name, value in (decoded or {}).items()}
+        handler = FromVector(self.layout, row, score=score, decoded=known)
+        with sharing(handler.decodes):
+            return self.run(handler)
+
+    def find_flows(self, row: Tensor) -> None:
+        """Note which flow decodes which latent site, so that many draws can be decoded in one batch.
+
+        A flow that a run makes for itself, as one that depends on other latents does, is decoded where it stands.
+        """
+        twice = []
+        for _ in range(2):
+            run = self.single(row)
+            sites = {id(value): name for name, value in run.values.items() if name in self.layout.latents}
+            twice.append({sites[id(z)]: flow for z, flow in run.decodes.asked if id(z) in sites})
+        self.flows = {name: flow for name, flow in twice[0].items() if twice[1].get(name) is flow}
+
+    def decode(self, q: Tensor) -> dict[str, Tensor]:
+        """What the flows make of all draws: latent site to ``(n, *batch_shape, *event)``."""
+        found = {}
+        for name, flow in self.flows.items():
+            site = self.layout.latents[name]
+            z = q[:, site.start : site.stop].reshape(len(q), *site.batch_shape, *site.event_shape)
+            found[name] = flow.decode(z.to(site.dtype))
+        return found
 
     def terms(self, batching: Batching, q: Tensor) -> Evaluate:
         """All terms of all draws, site by site; ``batching`` is plate or vmap."""
         if batching == "plate":
             return self.run(FromVector(self.layout, q, len(q)))
 
-        def one(row: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-            run = self.single(row)
+        def one(row: Tensor, decoded: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+            run = self.single(row, decoded)
             return run.log_prior, run.log_likelihood
 
         result = Evaluate(self.layout, len(q))
-        result.log_prior, result.log_likelihood = torch.func.vmap(one)(q)
+        result.log_prior, result.log_likelihood = torch.func.vmap(one)(q, self.decode(q))
         return result
 
     def totals(self, batching: Batching, q: Tensor) -> Totals:
         """``(log_prior, log_likelihood)``, each ``(n,)``; -inf likelihood where a decomposition fails."""
-        try:
-            if len(q) > 1 and batching == "plate":
+        if len(q) > 1 and batching == "plate":
+            with suppress(torch.linalg.LinAlgError):  # one draw spoils the batch: find out which
                 return self.terms("plate", q).totals()
-            if len(q) > 1 and batching == "vmap":
-                return torch.func.vmap(lambda row: self.single(row).totals())(q)
-        except torch.linalg.LinAlgError:
-            pass  # one draw spoils the batch: find out which
-        rows = [self.safe_single(row) for row in q]
+        decoded = self.decode(q) if len(q) > 1 else {}
+        if len(q) > 1 and batching != "loop":
+            with suppress(torch.linalg.LinAlgError):
+                return torch.func.vmap(lambda row, known: self.single(row, known).totals())(q, decoded)
+        rows = [self.safe_single(row, known) for row, known in zip(q, _by_row(decoded, len(q)), strict=True)]
         return torch.stack([a for a, _ in rows]), torch.stack([b for _, b in rows])
 
-    def safe_single(self, row: Tensor) -> Totals:
+    def safe_single(self, row: Tensor, decoded: Mapping[str, Tensor] | None = None) -> Totals:
         """Both totals of one draw."""
         try:
-            return self.single(row).totals()
+            return self.single(row, decoded).totals()
         except torch.linalg.LinAlgError:
             zero = row.sum() * 0
             return zero, zero - torch.inf
@@ -78,15 +108,16 @@ class Runner:
     def values(self, batching: Batching, q: Tensor) -> dict[str, Tensor]:
         """Every latent and deterministic site, ``(n, *shape)``."""
 
-        def one(row: Tensor) -> dict[str, Tensor]:
-            return self.run(FromVector(self.layout, row, score=False)).values
+        def one(row: Tensor, decoded: dict[str, Tensor]) -> dict[str, Tensor]:
+            return self.single(row, decoded, score=False).values
 
         if batching == "plate" and len(q) > 1:
             run = self.run(FromVector(self.layout, q, len(q), score=False))
             return {name: self._align(name, value, len(q)) for name, value in run.values.items()}
+        decoded = self.decode(q)
         if batching == "vmap":
-            return torch.func.vmap(one)(q)
-        rows = [one(row) for row in q]
+            return torch.func.vmap(one)(q, decoded)
+        rows = [one(row, known) for row, known in zip(q, _by_row(decoded, len(q)), strict=True)]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def draw(self, batching: Batching, n: int, like: Tensor) -> Tensor:
@@ -124,6 +155,10 @@ class Runner:
                 name,
             )
         return value.reshape(value.shape[0], *shape).expand(n, *shape)
+
+
+def _by_row(values: Mapping[str, Tensor], n: int) -> list[dict[str, Tensor]]:
+    return [{name: value[i] for name, value in values.items()} for i in range(n)]
 
 
 class InChunks(torch.autograd.Function):
