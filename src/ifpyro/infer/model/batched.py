@@ -11,7 +11,6 @@ an outermost *plate*, by *vmap* of the single-draw density, or in a *loop*. Each
 used.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import BatchingError, ModelError
+from ...core.messages import warn
 from ...core.precision import full_precision
 from ...core.randomness import seeded
 from .density import BatchedDensity
@@ -260,8 +260,12 @@ class BatchedModel:
                 raise ValueError(
                     f"batching={batching!r} is wrong for this model: {reason}. Leave batching=None to let it be chosen."
                 )
-            if what == "density" or (what == "values" and batching == self.batching):  # say it once
-                self._note(f"cannot batch the {_SUBJECTS[what]} by {batching}: {reason}")
+            self._note(f"cannot batch the {_SUBJECTS[what]} by {batching}: {reason}")
+            if batching == "vmap" and what == "density":
+                warn(
+                    "the model cannot be run for many draws at once, so its log-density is evaluated draw by draw, "
+                    f"many times slower: {reason}. {_mend(reason)}"
+                )
         raise AssertionError("unreachable: the loop is always right")
 
     def _verify_size(self, what: _What, n: int, q: Tensor) -> None:
@@ -289,7 +293,6 @@ class BatchedModel:
     def _note(self, text: str) -> None:
         if text not in self._notes:
             self._notes.append(text)
-            warnings.warn(f"ifpyro: {text}", UserWarning, stacklevel=5)
 
     def _check(self, q: Tensor) -> int:
         if q.dim() != 2 or q.shape[1] != self.dim or len(q) == 0:
@@ -328,6 +331,17 @@ def _scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
     except ValueError as error:
         with seeded(seed), pyro.validation_enabled(False):
             return scan(model, args, kwargs), error
+
+
+def _mend(reason: str) -> str:
+    """What to write instead in a model that no batch of draws can pass through."""
+    if "branches on latent values" in reason:
+        return "Write torch.where(condition, a, b) in place of the branch, and keep latent values as tensors"
+    if "in-place" in reason or "inplace" in reason:
+        return "Make a new tensor (torch.cat, torch.stack) in place of writing into an old one"
+    if "random" in reason:
+        return "Draw it by pyro.sample, or once outside the model"
+    return "Use torch functions that torch.func.vmap can run, on tensors that the model makes itself"
 
 
 def check_model(model: object, kernel: str) -> None:

@@ -84,7 +84,7 @@ def sum_out(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     return summed
 
 
-class _Enumerate(EnumMessenger):  # type: ignore[misc]
+class _Enumerate(EnumMessenger):
     """Pyro's enumeration, which asks for the shape of a value in a way that ``vmap`` does not allow."""
 
     def _pyro_post_sample(self, msg: Any) -> None:

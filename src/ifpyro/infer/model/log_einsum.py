@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from pyro.ops.einsum.util import Tensordot
-from pyro.ops.rings import LogRing
+from pyro.ops.rings import LogRing as PyroRing
 from torch import Tensor
 
 __all__ = ["einsum", "tensordot", "transpose"]
 
 
-class LogRing(LogRing):  # type: ignore[no-redef, misc]
+class LogRing(PyroRing):
     """Pyro's ring of logarithms on this backend."""
 
     _backend = __name__

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ...core.errors import BatchingError
+from ...core.messages import users_line
 from .handlers import Evaluate, FromPrior
 from .probe import Probes
 from .runner import Batching, Runner
@@ -48,12 +49,12 @@ class Verifier:
 
     def __init__(self, runner: Runner, probes: Probes):
         self.runner, self.probes = runner, probes
-        self.branches = branches_on_latents(runner, probes.q[:2])
+        self.branch = branch_on_latents(runner, probes.q[:2])
 
     def objection(self, what: str, batching: Batching, size: int | None = None) -> str | None:
         """Why a way of batching is wrong for density, values or prior draws, or None if it is right."""
-        if self.branches:
-            return "the model branches on latent values (if, while, .item() or bool() of a tensor)"
+        if self.branch is not None:
+            return f"the model branches on latent values (if, while, .item() or bool() of a tensor){self.branch}"
         try:
             for part in self.probes.groups():
                 if what == "density":
@@ -68,7 +69,7 @@ class Verifier:
         except BatchingError as error:
             return str(error)
         except Exception as error:  # whatever a model may raise when it meets a batch it was not written for
-            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+            return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}{_where(error)}"
         return None
 
     def check_some_values(self, batching: Batching, q: Tensor) -> None:
@@ -97,8 +98,8 @@ class Verifier:
                 raise BatchingError(f"prior draws of site {name!r} repeat", name)
 
 
-def branches_on_latents(runner: Runner, q: Tensor) -> bool:
-    """Whether any Python control flow of the model depends on latent values.
+def branch_on_latents(runner: Runner, q: Tensor) -> str | None:
+    """Where the model's Python control flow depends on latent values, or None if it does not.
 
     Such a model may agree with its single-draw density on every probe and still be wrong elsewhere, when rows
     of one batch would take different branches.
@@ -111,21 +112,26 @@ def branches_on_latents(runner: Runner, q: Tensor) -> bool:
     try:
         with torch.no_grad():
             torch.func.vmap(terms)(q)
-        return False
+        return None
     except RuntimeError as error:
         text = str(error)
         if "data-dependent" in text or ".item()" in text:
-            return True
+            return _where(error)
     except Exception:  # any failure of vmap itself: ask the second witness
         pass
     try:
         with torch.no_grad():
             single(q[0].as_subclass(_Watched))
-        return False
-    except BranchError:
-        return True
+        return None
+    except BranchError as error:
+        return _where(error)
     except Exception:  # the subclass cannot pass through this model: nothing was learned
-        return False
+        return None
+
+
+def _where(error: Exception) -> str:
+    line = users_line(error.__traceback__)
+    return "" if line is None else f" at {line}"
 
 
 def check_density(runner: Runner, batching: Batching, probes: Probes) -> None:
