@@ -5,20 +5,43 @@ tell whether draws in a batch are what they are alone, to invert a map to roundi
 network whose errors do not matter so much is better served by an autocast.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
+_lock = threading.Lock()
+_inside = 0  # blocks that threads are in
+_before: list[tuple[Any, str, Any]] = []  # the settings as they were before the first of them
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Convolutions in the precision of their arguments, and their gradients if taken within; torch's setting, which
-    all threads share, comes back afterwards.
+    """Convolutions in the precision of their arguments, and their gradients if taken within.
 
-    Also a decorator. Matrix products are in full precision by torch's default, which is the user's to change.
+    Torch's setting belongs to all threads: the first block sets it, and the last one to end, in whichever thread, gives
+    it back as it was. Also a decorator. Matrix products are in full precision by torch's default, which is the user's
+    to change.
     """
+    global _inside
+    with _lock:
+        if _inside == 0:
+            _before[:] = _set_full()
+        _inside += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                for owner, name, before in _before:
+                    setattr(owner, name, before)
+
+
+def _set_full() -> list[tuple[Any, str, Any]]:
+    """Ask for full precision; the settings with what they were."""
     cudnn: Any = torch.backends.cudnn
     settings: list[tuple[Any, str, Any, Any]] = []  # each with its full value and that before
     with suppress(RuntimeError):  # it was set by the attribute that newer versions of torch have; the two do not mix
@@ -27,8 +50,4 @@ def full_precision() -> Iterator[None]:
         settings.append((cudnn.conv, "fp32_precision", "ieee", cudnn.conv.fp32_precision))
     for owner, name, full, _ in settings:
         setattr(owner, name, full)
-    try:
-        yield
-    finally:
-        for owner, name, _, before in settings:
-            setattr(owner, name, before)
+    return [(owner, name, before) for owner, name, _, before in settings]

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...core.errors import BatchingError, ModelError
 from ...core.messages import warn
 from ...core.precision import full_precision
-from ...core.randomness import seeded
+from ...core.randomness import alone, seeded
 from .density import BatchedDensity
 from .enumeration import sum_out
 from .examine import Enumerated, Model, Scan, check_arguments, scan
@@ -69,6 +69,7 @@ class BatchedModel:
             enumerated latents summed out.
     """
 
+    @alone()
     @full_precision()
     def __init__(
         self,
@@ -151,6 +152,7 @@ class BatchedModel:
 
     # -- what engines use -------------------------------------------------------------------------------
 
+    @alone()
     @full_precision()
     def __call__(self, q: Tensor) -> Totals:
         """Differentiable ``(log_prior, log_likelihood)``, each ``(n,)``, for ``q`` of shape ``(n, dim)``.
@@ -167,6 +169,7 @@ class BatchedModel:
                 return totals
             return self._totals(q)
 
+    @alone()
     @full_precision()
     def sample_prior(self, num: int, generator: torch.Generator) -> Tensor:
         """Exact draws from the prior of ``q``, shape ``(num, dim)``, from ``generator`` alone."""
@@ -185,6 +188,7 @@ class BatchedModel:
             with seeded(seed):
                 return torch.cat([self._runner.draw(self.prior_batching, n, like) for n in counts])
 
+    @alone()
     @full_precision()
     def sites(self, q: Tensor) -> dict[str, Tensor]:
         """Every latent and deterministic site in the user's space, name to ``(n, *shape)``, detached."""
@@ -193,6 +197,7 @@ class BatchedModel:
             parts = [self._values(chunk) for chunk in q.detach().split(self._batch_size or n)]
         return {name: torch.cat([part[name] for part in parts]) for name in self._layout.shapes}
 
+    @alone()
     def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
         """The ``q`` of given latent values, the inverse of `sites`.
 

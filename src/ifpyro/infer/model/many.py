@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...core.errors import BatchingError
 from ...core.precision import full_precision
-from ...core.randomness import seeded
+from ...core.randomness import alone, seeded
 from .batched import BatchedModel
 from .handlers import Evaluate
 from .probe import Probes
@@ -97,6 +97,7 @@ class ManyDataSets:
         batching: ``"plate"``, ``"vmap"`` or ``"loop"``.
     """
 
+    @alone()
     @full_precision()
     def __init__(
         self,
@@ -136,6 +137,7 @@ class ManyDataSets:
             )
         return self.at(q, torch.arange(self.families, device=q.device).repeat_interleave(len(q) // self.families))
 
+    @alone()
     @full_precision()
     def at(self, q: Tensor, index: Tensor) -> Totals:
         """The two terms for rows ``q``, ``(n, dim)``, of the data sets ``index``, ``(n,)``."""
