@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data.samples import as_samples, to_unconstrained
+from ..data.support import support_to_dict
 from ..flow.flow import InflationaryFlow
 from ..flow.tuning import latent_power
 from .questions import (
@@ -105,6 +106,8 @@ def stored(flow: InflationaryFlow) -> CheckResult:
 def fingerprint(flow: InflationaryFlow) -> str:
     """A digest of all that decides the flow's fine map."""
     digest = hashlib.sha256(repr((flow.schedule.to_dict(), flow.grid, flow.refinements)).encode())
+    if flow.support is not None:
+        digest.update(repr(support_to_dict(flow.support)).encode())
     for name, tensor in sorted(flow.state_dict().items()):
         digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -130,8 +133,7 @@ def _answers(
     if train is not None:
         answers.append(seen_in_training(x, train))
         on_train = latent_power(flow, train)
-        free = train if flow.support is None else to_unconstrained(train, flow.support, "train")
-        free = free.flatten(1)
+        free = to_unconstrained(train, flow.chart, "train")
     if on_train is not None:
         answers.append(over_fitting(latents, on_train, level))
     answers += generated(_numbers(x.flatten(1)), _numbers(drawn.flatten(1)), rng, level)
@@ -180,9 +182,8 @@ def _rows_of(flow: InflationaryFlow, x: Any, name: str, least: int) -> Tensor:
         )
     if len(rows) < least:
         raise ValueError(f"expected at least {least} rows of {name}, got {len(rows)}; fewer could not tell anything")
-    if flow.support is not None:
-        to_unconstrained(rows, flow.support, name)  # refuses rows outside, with their indices
-    return rows
+    to_unconstrained(rows, flow.chart, name)  # refuses rows outside, with their indices
+    return flow.chart.canonical(rows)
 
 
 def _some(x: Tensor, rows: int, seed: int) -> Tensor:

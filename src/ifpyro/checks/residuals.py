@@ -158,6 +158,4 @@ def accumulated(flow: InflationaryFlow, errors: Residuals) -> Accumulated:
 
 
 def _standard(flow: InflationaryFlow, x: Tensor) -> Tensor:
-    bijection = flow.bijection()
-    free = x if bijection is None else bijection.inv(x)
-    return flow.basis.to_standard(free.reshape(len(x), -1))
+    return flow.standardise(x)[0]

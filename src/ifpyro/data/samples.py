@@ -2,55 +2,49 @@
 
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
 
-from .support import outside, unconstrained_to
+from .arrays import as_real
+from .charts import Chart
 
 MINIMUM = 16  # rows; below, not even the covariance of two columns is usable
 
 
-def as_samples(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Tensor:
-    """``x`` as a real floating tensor of shape ``(N, *event)`` with finite entries.
+def as_samples(x: Any, name: str = "x", dtype: torch.dtype | None = None, *, hold: bool = False) -> Tensor:
+    """``x`` as a real floating tensor of shape ``(N, *event)`` with finite entries; see :mod:`ifpyro.data.arrays`.
 
     Raises:
         TypeError: if it is not an array of real numbers.
-        ValueError: if it has no event axis, or entries that are not finite (with the indices of their rows).
+        ValueError: if it has no event axis, entries that are masked or not finite (with the indices of their rows), or
+            columns that the dtype cannot hold, where ``hold`` asks for that.
     """
-    x = as_rows(x, name, dtype)
+    x = as_rows(x, name, dtype, hold=hold)
     refuse_not_finite(x, name)
     return x
 
 
-def as_rows(x: Any, name: str = "x", dtype: torch.dtype | None = None) -> Tensor:
+def as_rows(x: Any, name: str = "x", dtype: torch.dtype | None = None, *, hold: bool = False) -> Tensor:
     """``x`` as a real floating tensor of shape ``(N, *event)``, whatever its entries.
 
     Raises:
         TypeError: if it is not an array of real numbers.
-        ValueError: if it has no event axis.
+        ValueError: if it has no event axis; see also :func:`as_samples`.
     """
-    if not isinstance(x, Tensor):
-        array = np.asarray(x)
-        if array.dtype.kind not in "fiub":
-            raise TypeError(
-                f"expected {name} to be an array of real numbers, got dtype {array.dtype}; encode categories as "
-                "numbers and drop identifiers first"
-            )
-        x = torch.as_tensor(np.ascontiguousarray(array).reshape(array.shape))
-    if x.is_complex():
-        raise TypeError(f"expected {name} to be real, got {x.dtype}; stack real and imaginary parts as columns")
-    x = x.detach()
-    if x.ndim < 2:
+    rows = as_real(x, name, dtype, hold=hold)
+    if rows.ndim < 2:
         raise ValueError(
-            f"expected {name} of shape (N, *event), got {tuple(x.shape)}; for N scalars pass {name}[:, None]"
+            f"expected {name} of shape (N, *event), got {tuple(rows.shape)}; for N scalars pass {name}[:, None]"
         )
-    if x.shape[1:].numel() == 0:
-        raise ValueError(f"expected {name} with at least one column, got shape {tuple(x.shape)}")
-    if dtype is None:
-        dtype = x.dtype if x.is_floating_point() and x.dtype.itemsize >= 4 else torch.get_default_dtype()
-    return x.to(dtype)
+    if rows.shape[1:].numel() == 0:
+        raise ValueError(f"expected {name} with at least one column, got shape {tuple(rows.shape)}")
+    return rows
+
+
+def column_names(x: Any) -> list[Any] | None:
+    """The names of a table's columns, None where there are none."""
+    columns = getattr(x, "columns", None)
+    return None if columns is None or isinstance(x, Tensor) else list(columns)
 
 
 def refuse_not_finite(x: Tensor, name: str = "x", first: int = 0) -> None:
@@ -83,7 +77,7 @@ def check_trainable(x: Tensor, *, full_rank: bool = True) -> None:
         ValueError: on too few rows, or constant columns (with their indices).
     """
     check_count(len(x), x.shape[1] if full_rank else 0)
-    check_columns(x.min(0).values, x.max(0).values)
+    check_columns(x.min(0).values, x.max(0).values, x.dtype)
 
 
 def check_count(rows: int, columns: int) -> None:
@@ -101,13 +95,19 @@ def check_count(rows: int, columns: int) -> None:
         )
 
 
-def check_columns(low: Tensor, high: Tensor) -> None:
+def check_columns(low: Tensor, high: Tensor, dtype: torch.dtype) -> None:
     """Refuse constant columns, given the smallest and largest value of each, ``(D,)``.
+
+    Args:
+        low: smallest values.
+        high: largest values.
+        dtype: of the data, whose rounding is no variation.
 
     Raises:
         ValueError: with the indices of the columns.
     """
-    constant = torch.nonzero(high - low <= 1e-7 * torch.maximum(low.abs(), high.abs())).flatten()
+    rounding = 1e-7 if dtype.itemsize < 8 else 1e-13
+    constant = torch.nonzero(high - low <= rounding * torch.maximum(low.abs(), high.abs())).flatten()
     if len(constant):
         raise ValueError(
             f"expected columns that vary, but columns {_some(constant)} of the flattened data are constant; drop "
@@ -115,25 +115,25 @@ def check_columns(low: Tensor, high: Tensor) -> None:
         )
 
 
-def to_unconstrained(x: Tensor, support: Constraint, name: str = "x", first: int = 0) -> Tensor:
-    """Map samples ``(N, *event)`` inside a support to unconstrained space.
+def to_unconstrained(x: Tensor, chart: Chart, name: str = "x", first: int = 0) -> Tensor:
+    """Samples ``(N, *event)`` inside a support as flat rows ``(N, D)`` in unconstrained space.
 
     Args:
         x: the samples.
-        support: the constraint they obey.
+        chart: of the support.
         name: what they are called.
         first: the index of the first of them, where ``x`` is a part of something larger.
 
     Raises:
         ValueError: if rows are outside the support or on its boundary (with their indices).
     """
-    bad = first + outside(support, x)
+    bad = first + torch.nonzero(~chart.inside(x)).flatten()
     if len(bad):
         raise ValueError(
-            f"expected every row of {name} strictly inside the support {support}, but {len(bad)} rows are outside or "
-            f"on its boundary: rows {_some(bad)}; drop them, shrink them inwards, or choose another support"
+            f"expected every row of {name} strictly inside the support {chart.support}, but {len(bad)} rows are outside or on its "
+            f"boundary: rows {_some(bad)}; drop them, shrink them inwards, or choose another support"
         )
-    return unconstrained_to(support).inv(x)
+    return chart.to_free(x).flatten(1)
 
 
 def split(x: Tensor, validation: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:

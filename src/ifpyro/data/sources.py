@@ -5,6 +5,7 @@ Two kinds are told apart by what is cheap. Memory-mapped arrays and map-style da
 read in their own order, again and again (:class:`Stream`).
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,10 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from .arrays import as_array
 from .samples import as_rows
 
 CHUNK_BYTES = 2**26
 """How much is read at a time."""
+
+_LOOKED_AT = 65_536  # rows that decide the dtype
+_PIECES = 3  # of a stream, likewise: the first may be a single row
 
 Chunk = tuple[int, Tensor]
 """The index of its first row, and rows ``(n, *event)``."""
@@ -26,73 +31,115 @@ class ByIndex:
     """Rows at any index.
 
     Args:
-        fetch: rows ``(n, *event)`` at an array of indices, or a slice.
+        fetch: whatever :func:`~ifpyro.data.samples.as_rows` makes rows ``(n, *event)`` of, at an array of indices or a
+            slice.
         count: number of rows.
+        dtype: of the rows; by default what suits the first chunk (see :mod:`ifpyro.data.arrays`).
+
+    Attributes:
+        narrowed: whether the data are stored in more digits than the rows have.
     """
 
-    def __init__(self, fetch: Callable[[np.ndarray | slice], Tensor], count: int) -> None:
+    def __init__(
+        self, fetch: Callable[[np.ndarray | slice], Any], count: int, dtype: torch.dtype | None = None
+    ) -> None:
         self._fetch, self.count = fetch, count
-        first = self._fetch(slice(0, 1)) if count else None
-        if first is None:
+        if not count:
             raise ValueError("expected data with at least one row, got none")
+        self.chunk_rows = chunk_rows(as_rows(fetch(slice(0, 1))))
+        raw = fetch(slice(0, min(count, self.chunk_rows, _LOOKED_AT)))
+        first = as_rows(raw, dtype=dtype, hold=True)
         self.event_shape, self.dtype = first.shape[1:], first.dtype
-        self.chunk_rows = chunk_rows(first)
+        self.narrowed = _narrower(self.dtype, raw)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows at indices of any shape: ``(*index, *event)``."""
-        found = self._fetch(index.flatten().cpu().numpy())
+        found = as_rows(self._fetch(index.flatten().cpu().numpy()), dtype=self.dtype)
         return found.reshape(*index.shape, *self.event_shape)
+
+    def look(self, most: int) -> Tensor:
+        """At most so many rows, spread over the data."""
+        return self.rows(torch.arange(0, self.count, -(-self.count // most)))
 
     def chunks(self, part: int = 0, parts: int = 1) -> Iterator[Chunk]:
         """Every ``parts``-th chunk of consecutive rows, from the ``part``-th on."""
         for start in range(part * self.chunk_rows, self.count, parts * self.chunk_rows):
-            yield start, self._fetch(slice(start, min(start + self.chunk_rows, self.count)))
+            rows = self._fetch(slice(start, min(start + self.chunk_rows, self.count)))
+            yield start, as_rows(rows, dtype=self.dtype)
 
 
 class Stream:
     """Rows in the order in which they come.
 
     Args:
-        one_pass: starts pass number ``k`` through the data: chunks of rows, each with the index of its first row.
+        raw_pass: starts pass number ``k`` through the data: pieces of which
+            :func:`~ifpyro.data.samples.as_rows` makes rows, each with the index of its first row.
+        dtype: of the rows; by default what suits the first pieces.
+
+    Attributes:
+        narrowed: whether the data are stored in more digits than the rows have.
     """
 
-    def __init__(self, one_pass: Callable[[int], Iterator[Chunk]]) -> None:
-        self.one_pass = one_pass
-        first = next((rows for _, rows in one_pass(0)), None)
-        if first is None:
+    def __init__(self, raw_pass: Callable[[int], Iterator[tuple[int, Any]]], dtype: torch.dtype | None = None) -> None:
+        self._raw_pass = raw_pass
+        raw = [piece for _, piece in itertools.islice(raw_pass(0), _PIECES)]
+        if not raw:
             raise ValueError("expected data with at least one row, but the stream ended at once")
-        self.event_shape, self.dtype = first.shape[1:], first.dtype
-        self.chunk_rows = chunk_rows(first)
+        pieces = [as_rows(piece, dtype=dtype, hold=True) for piece in raw]
+        self.event_shape = pieces[0].shape[1:]
+        self.dtype = max((piece.dtype for piece in pieces), key=lambda kind: kind.itemsize)
+        self.narrowed = _narrower(self.dtype, raw[0])
+        self.chunk_rows = chunk_rows(pieces[0])
+
+    def look(self, most: int) -> Tensor:
+        """At most so many rows, the first that come."""
+        found: list[Tensor] = []
+        for _, rows in self.one_pass(0):
+            found.append(rows)
+            if sum(map(len, found)) >= most:
+                break
+        return torch.cat(found)[:most]
+
+    def one_pass(self, number: int) -> Iterator[Chunk]:
+        """Pass ``number`` through the data: chunks of rows, each with the index of its first row."""
+        for start, piece in self._raw_pass(number):
+            yield start, as_rows(piece, dtype=self.dtype)
 
 
-def open_source(x: Any, seed: int = 0) -> ByIndex | Stream | None:
+def open_source(x: Any, seed: int = 0, dtype: torch.dtype | None = None) -> ByIndex | Stream | None:
     """How to read ``x`` piece by piece; None for what is in memory already, or has to be.
 
     Args:
         x: whatever the user calls data.
         seed: of the order in which chunks of stored arrays and shuffling data loaders are read.
+        dtype: of the rows; by default see :mod:`ifpyro.data.arrays`.
 
     Raises:
         TypeError: if a data set holds what cannot be made an array of real numbers.
         ValueError: if there are no rows.
     """
     if isinstance(x, np.memmap):
-        return ByIndex(lambda index: as_rows(np.array(x[index])), _rows_in(x))
+        return ByIndex(lambda index: np.array(x[index]), _rows_in(x), dtype)
     if isinstance(x, DataLoader):
-        return Stream(_loader_passes(x, seed))
+        return Stream(_loader_passes(x, seed), dtype)
     if isinstance(x, IterableDataset):
-        return Stream(_item_passes(x))
+        return Stream(_item_passes(x), dtype)
     if isinstance(x, Dataset) or (_has(x, "__getitem__", "__len__") and not _has(x, "__array__") and not _is_list(x)):
-        return ByIndex(_dataset_fetch(x), len(x))
+        return ByIndex(_dataset_fetch(x), len(x), dtype)
     stored = _has(x, "chunks", "shape", "dtype", "__getitem__") and not isinstance(x, Tensor | np.ndarray)
     if stored and (x.chunks is not None or type(x).__module__.startswith("h5py")):
-        return Stream(_stored_passes(x, seed))
+        return Stream(_stored_passes(x, seed), dtype)
     return None
 
 
 def chunk_rows(rows: Tensor) -> int:
     """How many rows like these to read at a time."""
     return max(1, CHUNK_BYTES // max(1, rows[0].numel() * rows.dtype.itemsize))
+
+
+def _narrower(dtype: torch.dtype, raw: Any) -> bool:
+    stored = getattr(getattr(raw, "dtype", None), "itemsize", 8)
+    return bool(stored > dtype.itemsize)
 
 
 def _has(x: Any, *names: str) -> bool:
@@ -107,7 +154,7 @@ def _rows_in(x: Any) -> int:
     return x.shape[0] if x.ndim else as_rows(x).shape[0]  # of a number, as_rows says what is wrong
 
 
-def _event(item: Any) -> Tensor:
+def _event(item: Any) -> Any:
     """The event in an item of a data set: the item itself, or the first of a pair such as (image, label)."""
     if isinstance(item, tuple | list) and len(item) and not np.isscalar(item[0]):
         item = item[0]
@@ -116,32 +163,31 @@ def _event(item: Any) -> Tensor:
             f"expected items that are arrays, or tuples whose first entry is one, got a dictionary of {sorted(item)}; "
             "wrap the data set so that it returns the array"
         )
-    return item if isinstance(item, Tensor) else torch.as_tensor(_real(np.asarray(item)))
-
-
-def _real(array: np.ndarray) -> np.ndarray:
-    if array.dtype.kind not in "fiub":
+    if isinstance(item, Tensor):
+        return item
+    kind = np.asarray(item).dtype
+    if kind.kind not in "fiub":
         raise TypeError(
             f"expected items that are arrays of real numbers, or tuples whose first entry is one, got dtype "
-            f"{array.dtype}; convert them in the data set (images: torchvision's ToTensor, or numpy.asarray)"
+            f"{kind}; convert them in the data set (images: torchvision's ToTensor, or numpy.asarray)"
         )
-    return np.array(array)
+    return as_array(item, "items")
 
 
-def _stack(items: Sequence[Any], first: int) -> Tensor:
+def _stack(items: Sequence[Any], first: int) -> Tensor | np.ndarray:
     events = [_event(item) for item in items]
-    shapes = [event.shape for event in events]
+    shapes = [tuple(event.shape) for event in events]
     odd = next((i for i, shape in enumerate(shapes) if shape != shapes[0]), None)
     if odd is not None:
         raise ValueError(
-            f"expected items of one shape, but item {first} has shape {tuple(shapes[0])} and item {first + odd} has "
-            f"{tuple(shapes[odd])}; crop or resize them in the data set"
+            f"expected items of one shape, but item {first} has shape {shapes[0]} and item {first + odd} has "
+            f"{shapes[odd]}; crop or resize them in the data set"
         )
-    return as_rows(torch.stack(events))
+    return torch.stack(events) if isinstance(events[0], Tensor) else np.stack(events)
 
 
-def _dataset_fetch(x: Any) -> Callable[[np.ndarray | slice], Tensor]:
-    def fetch(index: np.ndarray | slice) -> Tensor:
+def _dataset_fetch(x: Any) -> Callable[[np.ndarray | slice], Any]:
+    def fetch(index: np.ndarray | slice) -> Any:
         wanted = list(range(*index.indices(len(x)))) if isinstance(index, slice) else index.tolist()
         items = x.__getitems__(wanted) if hasattr(x, "__getitems__") else [x[i] for i in wanted]
         return _stack(items, wanted[0] if wanted else 0)
@@ -149,8 +195,8 @@ def _dataset_fetch(x: Any) -> Callable[[np.ndarray | slice], Tensor]:
     return fetch
 
 
-def _item_passes(x: Any) -> Callable[[int], Iterator[Chunk]]:
-    def one_pass(number: int) -> Iterator[Chunk]:
+def _item_passes(x: Any) -> Callable[[int], Iterator[tuple[int, Any]]]:
+    def one_pass(number: int) -> Iterator[tuple[int, Any]]:
         items: list[Any] = []
         start, size = 0, 1  # the first row says how many to read at a time
         for item in x:
@@ -158,18 +204,18 @@ def _item_passes(x: Any) -> Callable[[int], Iterator[Chunk]]:
             if len(items) == size:
                 rows = _stack(items, start)
                 yield start, rows
-                start, size, items = start + len(items), chunk_rows(rows), []
+                start, size, items = start + len(items), chunk_rows(as_rows(rows)), []
         if items:
             yield start, _stack(items, start)
 
     return one_pass
 
 
-def _loader_passes(x: Any, seed: int) -> Callable[[int], Iterator[Chunk]]:
+def _loader_passes(x: Any, seed: int) -> Callable[[int], Iterator[tuple[int, Any]]]:
     if x.batch_size is None and x.batch_sampler is None:
         return _item_passes(x)
 
-    def one_pass(number: int) -> Iterator[Chunk]:
+    def one_pass(number: int) -> Iterator[tuple[int, Any]]:
         # A loader draws its order from torch's global stream when it starts: give it one of its own, so that a pass
         # can be repeated, and the caller's stream back.
         with torch.random.fork_rng(devices=[]):
@@ -178,7 +224,7 @@ def _loader_passes(x: Any, seed: int) -> Callable[[int], Iterator[Chunk]]:
             batch = next(batches, None)
         start = 0
         while batch is not None:
-            rows = as_rows(_event(batch))
+            rows = _event(batch)
             yield start, rows
             start += len(rows)
             batch = next(batches, None)
@@ -186,16 +232,16 @@ def _loader_passes(x: Any, seed: int) -> Callable[[int], Iterator[Chunk]]:
     return one_pass
 
 
-def _stored_passes(x: Any, seed: int) -> Callable[[int], Iterator[Chunk]]:
+def _stored_passes(x: Any, seed: int) -> Callable[[int], Iterator[tuple[int, Any]]]:
     stored = x.chunks[0] if x.chunks else 1
     stored = stored[0] if isinstance(stored, tuple) else stored
 
-    def one_pass(number: int) -> Iterator[Chunk]:
-        row = as_rows(np.asarray(x[0:1]))
+    def one_pass(number: int) -> Iterator[tuple[int, Any]]:
+        row = as_rows(x[0:1])
         at_once = max(1, chunk_rows(row) // stored // 8) * stored  # several of these make a block
         starts = np.arange(0, x.shape[0], at_once)
         for start in np.random.default_rng([seed, number]).permutation(starts).tolist():
-            yield start, as_rows(np.asarray(x[start : start + at_once]))
+            yield start, x[start : start + at_once]
 
     return one_pass
 

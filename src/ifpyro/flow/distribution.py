@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import _InverseTransform
 
+from ..data.charts import Chart
+from ..data.constrained import Inside
 from .solver.discrete_map import DiscreteMap
 
 
@@ -22,7 +24,7 @@ class _Flow(Protocol):
 
     map: DiscreteMap
     event_shape: torch.Size
-    support: constraints.Constraint | None
+    chart: Chart
 
     @property
     def latent_dim(self) -> int: ...
@@ -40,6 +42,8 @@ class _Flow(Protocol):
     def encode_and_log_det(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def decode_and_log_det(self, z: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def log_prob(self, x: Tensor) -> Tensor: ...
 
 
 @dataclass
@@ -102,9 +106,9 @@ class FlowTransform(TransformModule):
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         """The flow's support, over its event shape."""
-        support = self.flow.support or constraints.real
-        extra = len(self.flow.event_shape) - support.event_dim
-        return constraints.independent(support, extra) if extra else support
+        if self.flow.chart.is_real:
+            return constraints.independent(constraints.real, len(self.flow.event_shape))
+        return Inside(self.flow.chart)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """``(*batch, latent_dim)`` to ``(*batch, *event_shape)``."""

@@ -25,7 +25,9 @@ from torch.distributions.constraints import Constraint
 
 from ..core.files import write_tensors
 from ..core.precision import full_precision
-from ..data.support import bijection_of, from_free, support_to_dict, to_free
+from ..data.constrained import ChartTransform
+from ..data.parts import chart_of
+from ..data.support import as_support, support_to_dict
 from .axes.basis import Basis
 from .axes.schedule import Angles, Schedule
 from .decoder import Decoder
@@ -79,7 +81,7 @@ class InflationaryFlow(nn.Module):
         schedule: which axis turns into noise when.
         velocity: the network, or any :class:`~ifpyro.flow.networks.velocity.Velocity`.
         event_shape: shape of one data point; ``(D,)`` by default.
-        support: a torch constraint that the data obey; real by default.
+        support: what the data obey, in any form that :func:`ifpyro.fit` takes; real by default.
         grid: the fine solver grid, the map that *is* the model.
         coarse_steps: steps of the cheap map used under ``ifpyro.fidelity("coarse")``.
         refinements: fixed-point iterations per step of the inverse in single precision; a flow in double precision
@@ -111,7 +113,7 @@ class InflationaryFlow(nn.Module):
         velocity: Velocity,
         *,
         event_shape: Sequence[int] | None = None,
-        support: Constraint | None = None,
+        support: Any = None,
         grid: Grid | None = None,
         coarse_steps: int = 4,
         refinements: int = 2,
@@ -123,6 +125,11 @@ class InflationaryFlow(nn.Module):
         self.velocity = velocity
         self.event_shape = torch.Size(event_shape if event_shape is not None else (basis.dim,))
         self.support = support
+        if self.chart.free_shape.numel() != basis.dim:
+            raise ValueError(
+                f"expected a basis of {self.chart.free_shape.numel()} axes for events of shape "
+                f"{tuple(self.event_shape)} in this support, got {basis.dim}"
+            )
         self.report = report or {}
         schedule.check_axes(basis.principal, basis.dim)
         angles = schedule.angles(basis.scale)
@@ -165,6 +172,15 @@ class InflationaryFlow(nn.Module):
     def latent_dim(self) -> int:
         """Number of latent coordinates: the dimension of the unconstrained data."""
         return self.basis.dim
+
+    @property
+    def support(self) -> Constraint | None:
+        """The constraint that the data obey, None for real ones."""
+        return self.chart.support
+
+    @support.setter
+    def support(self, support: Any) -> None:
+        self.chart = chart_of(as_support(support, self.event_shape), self.event_shape).to(self.basis.scale)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -241,8 +257,11 @@ class InflationaryFlow(nn.Module):
 
     def log_prob(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
         r"""Log-density ``log N(z; 0, I) + log|det dz/dx|`` in nats, shape ``(*batch,)``."""
-        z, log_det = self.encode_and_log_det(x, batch_size=batch_size)
-        return log_normal(z) + log_det
+        settled, inside = self.chart.settled(x)
+        z, log_det = self.encode_and_log_det(settled, batch_size=batch_size)
+        missing = x.isnan().flatten(inside.ndim).any(-1) if self.event_shape else x.isnan()
+        outside = torch.where(missing, math.nan, -math.inf).to(z)
+        return torch.where(inside, log_normal(z) + log_det, outside)
 
     def log_prob_estimate(
         self,
@@ -394,7 +413,7 @@ class InflationaryFlow(nn.Module):
     def standardise(self, x: Tensor, with_log_det: bool = False) -> tuple[Tensor, torch.Size, Tensor | float]:
         """Standardised coordinates ``v`` of data, ``(n, D)``; the batch shape; and the support's log-determinant."""
         self._check(x, self.event_shape, "x")
-        free, inside = to_free(x, self.support, self.event_shape, with_log_det)
+        free, inside = self.chart.unconstrain(x, with_log_det)
         return self.basis.to_standard(free.reshape(-1, self.latent_dim)), free.shape[:-1], inside
 
     def evaluated_velocity(self) -> Velocity:
@@ -416,7 +435,7 @@ class InflationaryFlow(nn.Module):
         solve = partial(self.map.to_data, log_det=with_log_det)
         v, log_det = in_parts(solve, z.reshape(-1, self.latent_dim), batch_size)
         free = self.basis.from_standard(v).reshape(*batch, self.latent_dim)
-        x, inside = from_free(free, self.support, self.event_shape, with_log_det)
+        x, inside = self.chart.constrain(free, with_log_det)
         return x, log_det.reshape(batch) + self.basis.log_det() + inside if with_log_det else log_det
 
     def _to_latent(self, x: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
@@ -428,7 +447,7 @@ class InflationaryFlow(nn.Module):
 
     def bijection(self) -> Transform | None:
         """From unconstrained space onto the support, or None for real data."""
-        return bijection_of(self.support)
+        return None if self.chart.is_real else ChartTransform(self.chart)
 
     def _check(self, value: Tensor, event: torch.Size, name: str) -> None:
         if not isinstance(value, Tensor):

@@ -141,7 +141,7 @@ def round_trip(flow: InflationaryFlow, x: Tensor) -> tuple[float, float]:
     """RMSE of ``decode(encode(x)) - x`` in standard deviations of the columns, and of ``encode(decode(z)) - z``."""
     z = flow.encode(x)
     back = flow.decode(z)
-    relative = (back - x).reshape(len(x), -1) / x.reshape(len(x), -1).std(0)
+    relative = (back - flow.chart.canonical(x)).reshape(len(x), -1) / x.reshape(len(x), -1).std(0)
     return float(relative.square().mean().sqrt()), float((flow.encode(back) - z).square().mean().sqrt())
 
 

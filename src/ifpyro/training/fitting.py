@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributions.constraints import Constraint
 
 from ..core.files import check_writable
 from ..core.pool import Pool
 from ..core.randomness import seeded
-from ..data.samples import as_samples
+from ..data.arrays import check_dtype
+from ..data.samples import as_samples, column_names
 from ..data.sources import open_source
-from ..data.support import support_to_dict
 from ..flow import reconstruction
 from ..flow.axes.basis import Basis
 from ..flow.axes.schedule import Schedule
@@ -25,7 +24,7 @@ from ..flow.networks.velocity import Velocity
 from ..flow.solver.grid import Grid
 from ..flow.tuning import MOST_REFINEMENTS, MOST_STEPS, choose_grid, latent_power
 from . import checkpoint as checkpoints
-from .in_memory import Data, InMemory, free_rows
+from .in_memory import Data, InMemory
 from .loop import Run
 from .recipe import Recipe, make_network
 from .streamed import Streamed
@@ -39,9 +38,10 @@ def fit(
     validation: float | Any = 0.1,
     max_steps: int | None = None,
     max_seconds: float | None = None,
-    support: Constraint | None = None,
+    support: Any = None,
     seed: int | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
     own_units: bool | None = None,
     recipe: Recipe | None = None,
@@ -68,9 +68,17 @@ def fit(
             noise), give held-out rows.
         max_steps: most optimiser steps; the learning rate is annealed over them.
         max_seconds: most seconds of training; whichever limit is nearer drives the annealing.
-        support: a torch constraint that all samples obey; training happens in unconstrained space.
+        support: what all samples obey: a torch or Pyro constraint; one of the names ``"real"``, ``"positive"``,
+            ``"nonnegative"``, ``"unit"``, ``"simplex"``, ``"circular"``; a list with one of these for every column; or a
+            dictionary of them by the column's name or index. Training happens in unconstrained space. For circles of
+            another period than ``2 pi`` see :func:`ifpyro.circular`.
         seed: makes the result repeatable; a fresh one is drawn, and reported, by default.
         device: where to train; where ``x`` is, by default.
+        dtype: of the flow, ``torch.float32`` or ``torch.float64``; a model that it stands in wants the same. By default
+            that of a tensor, or of an array of single precision; for all other data (NumPy's double precision and
+            integers, tables) torch's default dtype, but double precision where single precision cannot hold a column,
+            such as Julian dates (see :mod:`ifpyro.data.arrays`). The seed decides the result: torch's default dtype,
+            apart from that choice, does not.
         progress: show a progress bar.
         own_units: measure every column in its own standard deviation before the axes are found, as a table of unlike
             quantities wants and an image does not; by default where standard deviations differ tenfold or more.
@@ -103,14 +111,13 @@ def fit(
     pool = Pool() if pool is None else pool
     progress = progress and pool.rank == 0
     schedule = schedule or Schedule.details_first()
-    if support is not None:
-        support_to_dict(support)  # refuse now what could not be saved after training
+    check_dtype(dtype)
     fresh = torch.Generator().seed() % 2**31 if seed is None else seed
     seed = int(pool.share_bytes(str(fresh).encode()))
     kind = basis if isinstance(basis, str) else "identity"  # a given basis needs no covariances
-    data = _open(x, validation, support, seed, device, pool, progress, kind)
+    data = _open(x, validation, support, seed, device, dtype, pool, progress, kind)
 
-    axes = _given(basis, data, support) if isinstance(basis, Basis) else data.basis(own_units, basis)
+    axes = _given(basis, data) if isinstance(basis, Basis) else data.basis(own_units, basis)
     schedule.check_axes(axes.principal, axes.dim)
     recipe = recipe or Recipe.for_data(data.count, axes.dim)
     limit = max_steps if max_steps is not None else recipe.max_steps
@@ -139,7 +146,7 @@ def fit(
         schedule,
         run.best_network(),
         event_shape=data.event_shape,
-        support=support,
+        support=data.chart.support,
         report={
             "training": {
                 "rows": data.count,
@@ -181,8 +188,8 @@ def _left_untuned(flow: InflationaryFlow) -> str:
     )
 
 
-def _given(basis: Basis, data: Data, support: Constraint | None) -> Basis:
-    columns = free_rows(data.first[:1], support, "x").shape[1]
+def _given(basis: Basis, data: Data) -> Basis:
+    columns = data.chart.free_shape.numel()
     if basis.dim != columns:
         raise ValueError(f"expected a basis of {columns} axes, one for each column of the data, got {basis.dim}")
     return copy.deepcopy(basis).to(data.kept)
@@ -191,19 +198,21 @@ def _given(basis: Basis, data: Data, support: Constraint | None) -> Basis:
 def _open(
     x: Any,
     validation: Any,
-    support: Constraint | None,
+    support: Any,
     seed: int,
     device: torch.device | str | None,
+    dtype: torch.dtype | None,
     pool: Pool,
     progress: bool,
     kind: str,
 ) -> Data:
-    source = open_source(x, seed)
+    source = open_source(x, seed, dtype)
     if source is not None:
         return Streamed(source, validation, support, seed, device, pool, progress, kind)
-    x = as_samples(x)
+    names = column_names(x)
+    x = as_samples(x, dtype=dtype, hold=True)
     x = x.to(device) if device is not None else x
-    return InMemory(x, validation, support, torch.Generator().manual_seed(seed))
+    return InMemory(x, validation, support, torch.Generator().manual_seed(seed), names)
 
 
 @contextmanager

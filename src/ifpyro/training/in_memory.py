@@ -1,13 +1,16 @@
 """What a training needs to know of its data, and samples that are in memory."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
 
+from ..data.charts import Chart
+from ..data.parts import chart_of, with_cuts
 from ..data.samples import check_trainable, split, to_unconstrained
+from ..data.support import as_support
 from ..flow.axes.basis import Basis, kind_for
 from .rows import Rows, RowsInMemory
 
@@ -20,6 +23,8 @@ class Data(Protocol):
     event_shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    chart: Chart
+    """Of the support, its circles cut; kept and held-out rows are canonical."""
     held_out: Tensor
     """Validation rows, ``(n, *event)``."""
     kept: Tensor
@@ -45,25 +50,42 @@ class Data(Protocol):
 
 
 class InMemory:
-    """Samples in memory, ``(N, *event)``; see :class:`Data`."""
+    """Samples in memory, ``(N, *event)``; see :class:`Data`.
 
-    def __init__(self, x: Tensor, validation: Any, support: Constraint | None, generator: torch.Generator) -> None:
-        if support is not None:
-            to_unconstrained(x, support)  # refuses rows outside by the indices that the caller knows
+    Args:
+        x: the samples.
+        validation: the fraction held out, or held-out rows.
+        support: whatever :func:`~ifpyro.data.support.as_support` takes.
+        generator: of the choice of held-out rows.
+        names: of the columns, where they have any.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        validation: Any,
+        support: Any,
+        generator: torch.Generator,
+        names: Sequence[Any] | None = None,
+    ) -> None:
+        known = as_support(support, x.shape[1:], names)
+        self.chart = chart_of(with_cuts(known, x), x.shape[1:]).to(x)
+        to_unconstrained(x, self.chart)  # refuses rows outside by the indices that the caller knows
+        x = self.chart.canonical(x)
         self.event_shape, self.dtype, self.device = x.shape[1:], x.dtype, x.device
         self.first = x[:256]
-        self.kept, self.held_out = split(x, validation, generator)
-        self._train = free_rows(self.kept, support, "x")
-        self._free_shape = free_shape(self.first, support)
-        self._held_out = free_rows(self.held_out, support, "validation")
+        self.kept, held_out = split(x, validation, generator)
+        self.held_out = self.chart.canonical(held_out)
+        self._train = to_unconstrained(self.kept, self.chart)
+        self._held_out = to_unconstrained(self.held_out, self.chart, "validation")
         self.count = len(self._train)
 
     def basis(self, own_units: bool | None, kind: str) -> Basis:
         """See :meth:`Data.basis`."""
-        kind = kind_for(kind, self._train.shape[1], self._free_shape)
+        kind = kind_for(kind, self._train.shape[1], self.chart.free_shape)
         check_trainable(self._train, full_rank=kind == "pca")
         own_units = unlike_units(self._train.std(0)) if own_units is None else own_units
-        return Basis.choose(self._train, kind, own_units=own_units, event_shape=self._free_shape)
+        return Basis.choose(self._train, kind, own_units=own_units, event_shape=self.chart.free_shape)
 
     def rows(self, basis: Basis) -> "RowsInMemory":
         """See :meth:`Data.rows`."""
@@ -83,13 +105,3 @@ class InMemory:
 def unlike_units(sd: Tensor) -> bool:
     """Whether columns with these standard deviations look like quantities of unlike units."""
     return bool(sd.max() >= 10 * sd.min())
-
-
-def free_shape(x: Tensor, support: Constraint | None) -> torch.Size:
-    """Shape of an event in unconstrained space."""
-    return (x if support is None else to_unconstrained(x[:1], support)).shape[1:]
-
-
-def free_rows(x: Tensor, support: Constraint | None, name: str, first: int = 0) -> Tensor:
-    """Rows in unconstrained space, flattened."""
-    return (x if support is None else to_unconstrained(x, support, name, first)).flatten(1)

@@ -160,9 +160,10 @@ class Run:
         mine = self.pool.mine(times)
         data = rows.draw((recipe.shared, times), mine)
         strata = torch.arange(times, device=rows.device, dtype=torch.double)
-        t = (((strata + torch.rand(times, device=rows.device)) / times) ** recipe.time_power)[mine]
+        t = (((strata + torch.rand(times, dtype=torch.float32, device=rows.device)) / times) ** recipe.time_power)[mine]
         theta = self.angles(t).to(data)
-        noise = torch.randn(recipe.shared, times, rows.dim, dtype=rows.dtype, device=rows.device)[:, mine]
+        # In single precision always: the same seed then draws the same, whatever the data's or torch's default dtype.
+        noise = torch.randn(recipe.shared, times, rows.dim, dtype=torch.float32, device=rows.device)[:, mine].to(data)
         with self._own_randomness():
             loss = velocity_loss(self.net, data, noise, theta, self.net.embed(t))
         self.net.zero_grad()

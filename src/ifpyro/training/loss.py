@@ -28,6 +28,6 @@ def noised_rows(rows: Tensor, angles: Angles, time_power: float) -> tuple[Tensor
     index = torch.arange(len(rows)).repeat(repeats)[:count]
     strata = torch.randperm(len(index), generator=generator)
     t = ((strata + torch.rand(len(index), generator=generator, dtype=torch.double)) / len(index)) ** time_power
-    noise = torch.randn(len(index), rows.shape[1], generator=generator, dtype=rows.dtype)
+    noise = torch.randn(len(index), rows.shape[1], generator=generator, dtype=torch.float32).to(rows.dtype)
     t = t.to(rows.device)
     return rows[index.to(rows.device)], noise.to(rows.device), t, angles(t).to(rows)

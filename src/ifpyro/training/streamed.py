@@ -5,15 +5,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions.constraints import Constraint
 from tqdm.auto import tqdm
 
 from ..core.pool import Pool
 from ..data.moments import Moments
-from ..data.samples import check_columns, check_count, given_rows, held_out_count, refuse_not_finite
+from ..data.arrays import lost_to_rounding, refuse_lost
+from ..data.parts import chart_of, is_uncut, with_cuts
+from ..data.samples import (
+    check_columns,
+    check_count,
+    given_rows,
+    held_out_count,
+    refuse_not_finite,
+    to_unconstrained,
+)
 from ..data.sources import ByIndex, Chunk, Stream, row_hash
+from ..data.support import as_support
 from ..flow.axes.basis import PCA_AT_MOST, Basis, kind_for
-from .in_memory import free_rows, free_shape, unlike_units
+from .in_memory import unlike_units
 from .rows import RowsByIndex, RowsOfStream
 
 MOST_HELD_OUT = 16_384
@@ -35,7 +44,7 @@ class Streamed:
     Args:
         source: how to read the data.
         validation: the fraction held out, or held-out rows.
-        support: a constraint that all rows obey.
+        support: whatever :func:`~ifpyro.data.support.as_support` takes.
         seed: of the choice of held-out rows.
         device: where to train.
         pool: the processes that share the pass, where the data are read by index.
@@ -47,7 +56,7 @@ class Streamed:
         self,
         source: ByIndex | Stream,
         validation: Any,
-        support: Constraint | None,
+        support: Any,
         seed: int,
         device: torch.device | str | None,
         pool: Pool,
@@ -56,7 +65,11 @@ class Streamed:
     ) -> None:
         self.event_shape, self.dtype = source.event_shape, source.dtype
         self.device = torch.device("cpu" if device is None else device)
-        self._source, self._support, self._seed, self._kind = source, support, seed, kind
+        self._source, self._seed, self._kind = source, seed, kind
+        known = as_support(support, self.event_shape)
+        if is_uncut(known):
+            known = with_cuts(known, source.look(KEPT))
+        self.chart = chart_of(known, self.event_shape).to(self.device, self.dtype)
         fraction = validation if isinstance(validation, int | float) else None
         held_out = None if fraction is not None else given_rows(validation, self.event_shape, self.dtype)
         self._share = 0.0 if fraction is None else float(fraction)
@@ -75,23 +88,26 @@ class Streamed:
         pool.first_error(error)
         if isinstance(source, ByIndex):
             moments.pool(pool)
-        found, self.kept = (rows.to(self.device) for rows in kept)
+        found, self.kept = (self.chart.canonical(rows.to(self.device)) for rows in kept)
         self.first = self.kept[:256]
-        self.held_out = found if held_out is None else held_out.to(self.device)
+        self.held_out = found if held_out is None else self.chart.canonical(held_out.to(self.device))
         check_count(moments.count, 0)
         if len(self.held_out) == 0:
             raise ValueError(f"validation={fraction} held out none of {moments.count} rows; pass held-out rows instead")
-        check_columns(moments.low, moments.high)
+        check_columns(moments.low, moments.high, self.dtype)
+        if source.narrowed and self.chart.is_real:
+            lost = lost_to_rounding(moments.low, moments.high, moments.variance.sqrt(), self.dtype)
+            refuse_lost(torch.nonzero(lost).flatten().tolist(), self.dtype)
         self.count, self._moments = moments.count, moments
 
     def basis(self, own_units: bool | None, kind: str) -> Basis:
         """See :meth:`Data.basis`; all eigenvectors are those of all rows, other kinds are found from those kept."""
-        moments, shape = self._moments, free_shape(self.kept, self._support)
+        moments, shape = self._moments, self.chart.free_shape
         kind = kind_for(kind, len(moments.mean), shape)
         sd = moments.variance.sqrt()
         own_units = unlike_units(sd) if own_units is None else own_units
         if kind != "pca" or len(sd) > PCA_AT_MOST:
-            rows = free_rows(self.kept, self._support, "x")
+            rows = to_unconstrained(self.kept, self.chart)
             return Basis.choose(rows, kind, own_units=own_units, seed=self._seed, event_shape=shape)
         check_count(moments.count, len(sd))
         unit = sd if own_units else torch.ones_like(sd)
@@ -104,7 +120,7 @@ class Streamed:
         def standard(rows: Tensor) -> Tensor:
             batch = rows.shape[: rows.ndim - len(self.event_shape)]
             rows = rows.to(basis.scale).reshape(-1, *self.event_shape)
-            return basis.to_standard(free_rows(rows, self._support, "x")).reshape(*batch, -1)
+            return basis.to_standard(to_unconstrained(rows, self.chart)).reshape(*batch, -1)
 
         if isinstance(self._source, ByIndex):
             return RowsByIndex(self._source, self._train_index, standard, basis.scale)
@@ -116,7 +132,7 @@ class Streamed:
 
     def held_out_rows(self, basis: Basis) -> Tensor:
         """See :meth:`Data.held_out_rows`."""
-        return basis.to_standard(free_rows(self.held_out, self._support, "validation"))
+        return basis.to_standard(to_unconstrained(self.held_out, self.chart, "validation"))
 
     def fingerprint(self) -> str:
         """See :meth:`Data.fingerprint`; of the moments, rounded because their sums may come in another order."""
@@ -173,7 +189,7 @@ class Streamed:
                 f"from row {start} on"
             )
         refuse_not_finite(rows, first=start)
-        return free_rows(rows.to(self.device), self._support, "x", start)
+        return to_unconstrained(rows.to(self.device), self.chart, "x", start)
 
 
 class _Smallest:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -49,16 +50,18 @@ class MLP(Velocity):
             )
         self.dim, self.width, self.blocks = dim, width, blocks
         self.dropout_rate, self.frequencies, self.waves = dropout, frequencies, waves
-        self.time = nn.Sequential(nn.Linear(2 * frequencies + 2, width), nn.SiLU())
-        self.modulation = nn.Linear(width, width * (2 * blocks + 1))
-        self.inlet = nn.Linear(dim * (1 + 2 * waves), width)
-        self.register_buffer("_rates", 2.0 ** torch.arange(waves), persistent=False)
-        self.first = nn.ModuleList(nn.Linear(width, width) for _ in range(blocks))
-        self.second = nn.ModuleList(nn.Linear(width, width, bias=False) for _ in range(blocks))
-        self.outlet = nn.Linear(width, dim)
+        linear = partial(nn.Linear, dtype=torch.float32)  # so that one seed draws the same under any default dtype
+        self.time = nn.Sequential(linear(2 * frequencies + 2, width), nn.SiLU())
+        self.modulation = linear(width, width * (2 * blocks + 1))
+        self.inlet = linear(dim * (1 + 2 * waves), width)
+        self.register_buffer("_rates", 2.0 ** torch.arange(waves, dtype=torch.float32), persistent=False)
+        self.first = nn.ModuleList(linear(width, width) for _ in range(blocks))
+        self.second = nn.ModuleList(linear(width, width, bias=False) for _ in range(blocks))
+        self.outlet = linear(width, dim)
         self.dropout = nn.Dropout(dropout)
         nn.init.zeros_(self.outlet.weight)
         nn.init.zeros_(self.outlet.bias)
+        self.to(torch.get_default_dtype())
 
     def embed(self, t: Tensor) -> Tensor:
         """All that depends on time alone, the layers' biases included: ``(m, width * (2 blocks + 1))``.
