@@ -86,7 +86,7 @@ def as_array(x: Any, name: str = "x") -> np.ndarray:
     if kind not in "fiub":
         raise TypeError(f"expected {name} to be an array of real numbers, got dtype {array.dtype}; {_advice(array)}")
     if kind == "f" and array.dtype.itemsize > 8:  # extended precision
-        wanted = np.dtype(np.float64)
+        wanted: np.dtype[Any] = np.dtype(np.float64)
     elif kind == "u" and array.dtype.itemsize > 1:  # of which torch knows little
         wanted = np.dtype({2: np.int32, 4: np.int64, 8: np.float64}[array.dtype.itemsize])
     else:

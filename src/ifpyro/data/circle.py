@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint
@@ -15,10 +16,11 @@ class Circular(Constraint):
     event_dim = 0
 
     def __init__(self, period: Any = 2 * math.pi, cut: Any = None) -> None:
-        self.period = _number("period", period)
-        if not bool((torch.as_tensor(self.period) > 0).all()):
-            raise ValueError(f"circular expects a positive period, got {period!r}")
-        self.cut = None if cut is None else _number("cut", cut)
+        self.period = exact_number(period, "support circular: period")
+        lengths = torch.as_tensor(self.period)
+        if not bool(((lengths > 0) & lengths.isfinite()).all()):
+            raise ValueError(f"support circular: period expects positive numbers, got {period!r}")
+        self.cut = None if cut is None else exact_number(cut, "support circular: cut")
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
@@ -70,11 +72,18 @@ def emptiest_place(x: Tensor, period: float) -> float:
     return cut + period * float(turns.mode().values)
 
 
-def _number(name: str, value: Any) -> float | Tensor:
+def exact_number(value: Any, name: str) -> float | Tensor:
+    """A float, or a double tensor on the CPU, of whatever the user gave as a bound.
+
+    Raises:
+        ValueError: if it is no number, or NaN.
+    """
+    if isinstance(value, str):
+        raise ValueError(f"{name} expects a number or an array of numbers, got {value!r}")
     try:
-        number = torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"circular expects a number or an array of numbers as {name}, got {value!r}") from error
-    if not bool(number.isfinite().all()):
-        raise ValueError(f"circular expects finite numbers as {name}, got {value!r}")
+        number = value.detach().double().cpu() if isinstance(value, Tensor) else torch.tensor(np.asarray(value, float))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} expects a number or an array of numbers, got {value!r}") from error
+    if bool(number.isnan().any()):
+        raise ValueError(f"{name} expects numbers, got NaN in {value!r}")
     return float(number) if number.ndim == 0 else number

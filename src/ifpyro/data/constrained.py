@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.distributions import Transform, biject_to, constraints, transform_to
 
 from .charts import Chart
+from .parts import in_words
 
 
 class Inside(constraints.Constraint):
@@ -24,7 +25,7 @@ class Inside(constraints.Constraint):
         return self.chart.inside(value)
 
     def __repr__(self) -> str:
-        return f"Inside({self.chart.support})"
+        return f"Inside({in_words(self.chart.support)})"
 
 
 class ChartTransform(Transform):

@@ -47,6 +47,13 @@ def _chart_of(support: Any, shape: torch.Size) -> Chart:
     return Box(_fitting(lower, shape), _fitting(upper, shape), shape)
 
 
+def in_words(support: Constraint | None) -> str:
+    """A support as an error names it; torch does not say what its cats and stacks hold."""
+    if isinstance(support, constraints.cat | constraints.stack):
+        return f"{type(support).__name__}({', '.join(map(in_words, support.cseq))})"
+    return "Real()" if support is None else str(support)
+
+
 def is_uncut(support: Constraint | None) -> bool:
     """Whether there is a circle whose cut is to be found from the data."""
     if isinstance(support, constraints.cat | constraints.stack):
@@ -91,8 +98,9 @@ class Joined(Chart):
             aligned = len({(*shape[: len(shape) + dim], *shape[len(shape) + dim + 1 :]) for shape in shapes}) == 1
         # Images that do not fit together (simplices below longer rows) lie behind each other.
         empty = [torch.empty(shape, device="meta") for shape in shapes]
-        together = torch.stack(empty, dim) if stacked else torch.cat(empty, dim) if aligned else None
-        free_shape = (sum(map(torch.Size.numel, shapes)),) if together is None or not aligned else together.shape
+        free_shape = torch.Size([sum(map(torch.Size.numel, shapes))])
+        if aligned:
+            free_shape = (torch.stack(empty, dim) if stacked else torch.cat(empty, dim)).shape
         super().__init__(event_shape, free_shape)
         self.parts = nn.ModuleList(parts)
         self._dim, self._stacked, self._aligned = dim, stacked, aligned

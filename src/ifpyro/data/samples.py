@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .arrays import as_real
 from .charts import Chart
+from .parts import in_words
 
 MINIMUM = 16  # rows; below, not even the covariance of two columns is usable
 
@@ -130,8 +131,9 @@ def to_unconstrained(x: Tensor, chart: Chart, name: str = "x", first: int = 0) -
     bad = first + torch.nonzero(~chart.inside(x)).flatten()
     if len(bad):
         raise ValueError(
-            f"expected every row of {name} strictly inside the support {chart.support}, but {len(bad)} rows are outside or on its "
-            f"boundary: rows {_some(bad)}; drop them, shrink them inwards, or choose another support"
+            f"expected every row of {name} strictly inside the support {in_words(chart.support)}, but {len(bad)} rows "
+            f"are outside or on its boundary: rows {_some(bad)}; drop them, shrink them inwards, or choose another "
+            "support"
         )
     return chart.to_free(x).flatten(1)
 

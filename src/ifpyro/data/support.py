@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from .circle import Circular, circular
+from .circle import Circular, circular, exact_number
 from .parts import chart_of
 
 # One line a constraint: how it is named in a file, and what its parameters are called.
@@ -94,9 +94,9 @@ def support_from_dict(data: dict[str, Any]) -> Constraint:
     """
     kind = data.get("kind") if isinstance(data, dict) else None
     try:
-        if kind in _NAMED:
+        if isinstance(kind, str) and kind in _NAMED:
             return _NAMED[kind]
-        if kind in _PARAMETRIC:
+        if isinstance(kind, str) and kind in _PARAMETRIC:
             cls, fields = _PARAMETRIC[kind]
             return _exact(cls(*(_number_of(data[field]) for field in fields)))
         if kind == "stack":
@@ -104,8 +104,8 @@ def support_from_dict(data: dict[str, Any]) -> Constraint:
         if kind == "cat":
             parts = [support_from_dict(part) for part in data["parts"]]
             return _exact(constraints.cat(parts, data["dim"], data["lengths"]))
-    except (KeyError, TypeError, AssertionError, AttributeError) as error:
-        raise ValueError(f"expected the plain form of a support, got {data!r}") from error
+    except (KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        raise ValueError(f"expected the plain form of a support, got {data!r} ({error})") from error
     raise ValueError(f"expected a support of kind {_KNOWN}, got {kind!r}")
 
 
@@ -163,7 +163,9 @@ def _exact(support: Any) -> Constraint:
 
 def _with_bounds(support: Constraint, cls: Any, fields: tuple[str, ...]) -> Constraint:
     bounds = [exact_number(getattr(support, field), f"support {_name_of(cls)}: {field}") for field in fields]
-    lower, upper = (torch.as_tensor(bound, dtype=torch.double) for bound in _bounds(support))
+    ends = dict(zip(fields, bounds, strict=True))
+    lower = torch.as_tensor(ends.get("lower_bound", -math.inf), dtype=torch.double)
+    upper = torch.as_tensor(ends.get("upper_bound", math.inf), dtype=torch.double)
     try:
         ordered = bool((lower < upper).all())
     except RuntimeError as error:
@@ -187,21 +189,6 @@ def _name_of(cls: Any) -> str:
     return next(name for name, (known, _) in _PARAMETRIC.items() if known is cls)
 
 
-def exact_number(value: Any, name: str) -> float | Tensor:
-    """A float, or a double tensor on the CPU, of whatever the user gave as a bound.
-
-    Raises:
-        ValueError: if it is no number, or NaN.
-    """
-    try:
-        number = torch.as_tensor(value, dtype=torch.double, device="cpu").detach()
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} expects a number or an array of numbers, got {value!r}") from error
-    if bool(number.isnan().any()):
-        raise ValueError(f"{name} expects numbers, got NaN in {value!r}")
-    return float(number) if number.ndim == 0 else number
-
-
 def _unknown(support: Any) -> str:
     if isinstance(support, type):
         known = any(cls is support for cls, _ in _PARAMETRIC.values())
@@ -223,10 +210,6 @@ def _unknown(support: Any) -> str:
         f"support expects one of the torch constraints {_KNOWN}, ifpyro.circular(period), or a name "
         f"({', '.join(NAMES)}), got {support!r}"
     )
-
-
-def _bounds(support: Any) -> tuple[Any, Any]:
-    return getattr(support, "lower_bound", -math.inf), getattr(support, "upper_bound", math.inf)
 
 
 # -- plain data ---------------------------------------------------------------------------------------------------

@@ -69,8 +69,8 @@ def fit(
         max_steps: most optimiser steps; the learning rate is annealed over them.
         max_seconds: most seconds of training; whichever limit is nearer drives the annealing.
         support: what all samples obey: a torch or Pyro constraint; one of the names ``"real"``, ``"positive"``,
-            ``"nonnegative"``, ``"unit"``, ``"simplex"``, ``"circular"``; a list with one of these for every column; or a
-            dictionary of them by the column's name or index. Training happens in unconstrained space. For circles of
+            ``"nonnegative"``, ``"unit"``, ``"simplex"``, ``"circular"``; a list with one of these for every column; or
+            a dictionary of them by the column's name or index. Training happens in unconstrained space. For circles of
             another period than ``2 pi`` see :func:`ifpyro.circular`.
         seed: makes the result repeatable; a fresh one is drawn, and reported, by default.
         device: where to train; where ``x`` is, by default.

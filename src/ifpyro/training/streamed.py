@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.pool import Pool
-from ..data.moments import Moments
 from ..data.arrays import lost_to_rounding, refuse_lost
+from ..data.moments import Moments
 from ..data.parts import chart_of, is_uncut, with_cuts
 from ..data.samples import (
     check_columns,
