@@ -8,6 +8,7 @@ from .core.errors import BatchingError, IfpyroError, ModelError, PoolError
 from .core.pool import Pool
 from .core.version import __version__ as __version__
 from .data import datasets
+from .data.circle import circular
 from .flow.axes.basis import Basis
 from .flow.axes.schedule import Schedule
 from .flow.decoder import Decoder
@@ -59,6 +60,7 @@ __all__ = [
     "Velocity",
     "calibration",
     "check",
+    "circular",
     "datasets",
     "fidelity",
     "fit",

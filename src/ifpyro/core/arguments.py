@@ -15,6 +15,61 @@ def check_count(name: str, value: object, minimum: int) -> int:
     return int(value)
 
 
+def check_integer(name: str, value: object, least: int, most: int, of: str = "") -> int:
+    """``value`` as an integer from ``least`` to ``most``, which counts what ``of`` says.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+        raise ValueError(f"{name} expects an integer from {least} to {most}{' ' * bool(of)}{of}, got {value!r}")
+    return int(value)
+
+
+def check_seed(value: object, name: str = "seed") -> int:
+    """``value`` as a seed of every generator, torch's and NumPy's.
+
+    Raises:
+        ValueError: if it is not an integer from 0 to ``2**63 - 1``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
+        raise ValueError(f"{name} expects an integer from 0 to 2**63 - 1, got {value!r}")
+    return int(value)
+
+
+def check_shape(name: str, shape: object) -> tuple[int, ...]:
+    """``shape``, an integer or several, as a tuple of integers of at least 0.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
+    for size in sizes:
+        if isinstance(size, bool) or not isinstance(size, Integral) or size < 0:
+            raise ValueError(f"{name} expects a shape of integers of at least 0, got {shape!r}")
+    return tuple(int(size) for size in sizes)
+
+
+def check_batch_size(value: object) -> int | None:
+    """``value`` as most rows at once, or None for all.
+
+    Raises:
+        ValueError: if it is neither None nor a positive integer.
+    """
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"batch_size expects a positive integer, or None for all rows at once, got {value!r}")
+    return int(value)
+
+
+def check_type(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is of a kind, which ``what`` describes."""
+    if not isinstance(value, kind):
+        got = f"the class {value.__name__}, no instance of it" if isinstance(value, type) else type(value).__name__
+        raise TypeError(f"{name} expects {what}, got {got}")
+
+
 def check_fraction(name: str, value: object) -> float:
     """``value`` as a number strictly between 0 and 1.
 

@@ -66,7 +66,9 @@ def emptiest_place(x: Tensor, period: float) -> float:
     around = torch.cat([points, points + period, points[:1] + 2 * period])
     start = int((around[ahead : ahead + count] - around[:count]).argmax())
     arc = around[start : start + ahead + 1]
-    widest = int(arc.diff().argmax())
+    middles = 0.5 * (arc[1:] + arc[:-1])
+    central = 1 - (middles - 0.5 * (arc[0] + arc[-1])).abs() / (arc[-1] - arc[0])  # 1 to 1/2: of like gaps the inmost
+    widest = int((arc.diff() * central).argmax())
     cut = float(arc[widest] + arc[widest + 1]) / 2
     turns = ((x - cut) / period).floor()
     return cut + period * float(turns.mode().values)

@@ -1,5 +1,6 @@
 """From a support to its chart, and events whose parts have charts of their own."""
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -52,6 +53,23 @@ def in_words(support: Constraint | None) -> str:
     if isinstance(support, constraints.cat | constraints.stack):
         return f"{type(support).__name__}({', '.join(map(in_words, support.cseq))})"
     return "Real()" if support is None else str(support)
+
+
+def located(support: Any, device: torch.device) -> Any:
+    """The same support with its bounds on a device."""
+    if isinstance(support, constraints.stack):
+        return constraints.stack([located(part, device) for part in support.cseq], support.dim)
+    if isinstance(support, constraints.cat):
+        return constraints.cat([located(part, device) for part in support.cseq], support.dim, support.lengths)
+    bounds = {} if support is None else {k: v for k, v in vars(support).items() if isinstance(v, Tensor)}
+    if all(value.device == device for value in bounds.values()):
+        return support
+    moved = copy.copy(support)
+    for name, value in bounds.items():
+        # Not every device knows double precision.
+        exact = torch.float64 if device.type != "mps" else torch.float32
+        setattr(moved, name, value.to(device, exact))
+    return moved
 
 
 def is_uncut(support: Constraint | None) -> bool:

@@ -6,6 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..data.arrays import as_real
+
 
 class _Flow(Protocol):
     """What a decoder asks of a flow."""
@@ -14,6 +16,12 @@ class _Flow(Protocol):
 
     @property
     def latent_dim(self) -> int: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     def decode(self, z: Tensor) -> Tensor: ...
 
@@ -45,6 +53,8 @@ class Decoder:
 
     def __call__(self, z: Tensor) -> Tensor:
         """Data of shape ``(*batch, *event_shape)`` for latents of shape ``(*batch, k)``."""
+        if not isinstance(z, Tensor):
+            z = as_real(z, "latents", self.flow.dtype).to(self.flow.device)
         if z.shape[-1:] != (self.k,):
             raise ValueError(f"expected latents of shape (*batch, {self.k}), got {tuple(z.shape)}")
         return self.flow.decode(torch.nn.functional.pad(z, (0, self.flow.latent_dim - self.k)))

@@ -234,11 +234,25 @@ class _Memory:
         self._log_det = None
 
 
-def flow_prior(flow: _Flow) -> dist.TransformedDistribution:
+class FlowPrior(dist.TransformedDistribution):
+    """``x = T(z)``, ``z ~ N(0, I)``, with the density of ``flow.log_prob``: ``-inf`` outside the support.
+
+    Its ``transforms`` are one :class:`FlowTransform`, and its ``base_dist`` the latent's.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-density in nats, of the batch shape."""
+        if self._validate_args:
+            self._validate_sample(value)
+        log_prob = self.transforms[0].flow.log_prob(value)
+        return log_prob.expand(torch.broadcast_shapes(log_prob.shape, self.batch_shape))
+
+
+def flow_prior(flow: _Flow) -> FlowPrior:
     """``x = T(z)``, ``z ~ N(0, I)``, as a Pyro distribution of event shape ``flow.event_shape``."""
     zeros = torch.zeros(flow.latent_dim, dtype=flow.dtype, device=flow.device)
     base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
-    return dist.TransformedDistribution(base, [FlowTransform(flow)])
+    return FlowPrior(base, [FlowTransform(flow)])
 
 
 def _swap_tail(shape: torch.Size, old: torch.Size, new: torch.Size) -> torch.Size:

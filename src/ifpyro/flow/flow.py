@@ -17,16 +17,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 
+from ..core.arguments import check_integer, check_seed, check_shape
 from ..core.files import write_tensors
 from ..core.precision import full_precision
+from ..data.arrays import as_real
 from ..data.constrained import ChartTransform
-from ..data.parts import chart_of
+from ..data.parts import chart_of, located
 from ..data.support import as_support, support_to_dict
 from .axes.basis import Basis
 from .axes.schedule import Angles, Schedule
@@ -175,8 +176,8 @@ class InflationaryFlow(nn.Module):
 
     @property
     def support(self) -> Constraint | None:
-        """The constraint that the data obey, None for real ones."""
-        return self.chart.support
+        """The constraint that the data obey, None for real ones; its bounds are exact, and where the flow is."""
+        return located(self.chart.support, self.device)
 
     @support.setter
     def support(self, support: Any) -> None:
@@ -256,11 +257,12 @@ class InflationaryFlow(nn.Module):
         return self._to_data(z, True, batch_size)
 
     def log_prob(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
-        r"""Log-density ``log N(z; 0, I) + log|det dz/dx|`` in nats, shape ``(*batch,)``."""
-        settled, inside = self.chart.settled(x)
+        r"""Log-density ``log N(z; 0, I) + log|det dz/dx|`` in nats, shape ``(*batch,)``; ``-inf`` outside the support.
+
+        Outside, on the boundary and at infinity its gradient is zero; of NaN it is NaN.
+        """
+        settled, inside, outside = self._settled(x)
         z, log_det = self.encode_and_log_det(settled, batch_size=batch_size)
-        missing = x.isnan().flatten(inside.ndim).any(-1) if self.event_shape else x.isnan()
-        outside = torch.where(missing, math.nan, -math.inf).to(z)
         return torch.where(inside, log_normal(z) + log_det, outside)
 
     def log_prob_estimate(
@@ -288,28 +290,34 @@ class InflationaryFlow(nn.Module):
         Raises:
             ValueError: on an unknown method, or too few probes to have a spread.
         """
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = torch.Generator(self.device).manual_seed(check_seed(seed))
         estimate = partial(self.map.estimate, probes=probes, method=method, generator=generator)
         trace_maker(method, probes, self.latent_dim, generator)  # refuses wrong arguments, exact or not
         with torch.no_grad():
             if self.latent_dim <= self.exact_up_to:
                 exact = self.log_prob(x, batch_size=batch_size)
                 return LogProbEstimate(exact, torch.zeros_like(exact))
-            v, batch, inside = self.standardise(x, with_log_det=True)
+            settled, inside, outside = self._settled(x)
+            v, batch, log_det_inside = self.standardise(settled, with_log_det=True)
             z, log_det, error = in_parts(estimate, v, batch_size)
-            value = (log_normal(z) - log_det).reshape(batch) - self.basis.log_det() - inside
-        return LogProbEstimate(value, error.reshape(batch))
+            value = (log_normal(z) - log_det).reshape(batch) - self.basis.log_det() - log_det_inside
+            error = torch.where(inside, error.reshape(batch), 0.0)
+        return LogProbEstimate(torch.where(inside, value, outside), error)
 
     def sample(
         self, shape: Sequence[int] | int = (), *, seed: int | None = None, batch_size: int | None = None
     ) -> Tensor:
-        """Draws of shape ``(*shape, *event_shape)``; ``seed`` makes them repeatable."""
-        shape = (shape,) if isinstance(shape, int) else tuple(shape)
+        """Draws of shape ``(*shape, *event_shape)``; ``seed`` makes them repeatable.
+
+        Raises:
+            ValueError: if the shape is not of integers, or the seed out of range.
+        """
+        shape = check_shape("sample", shape)
         generator = torch.Generator(self.device)
         if seed is None:
             generator.seed()
         else:
-            generator.manual_seed(seed)
+            generator.manual_seed(check_seed(seed))
         z = torch.randn(*shape, self.latent_dim, generator=generator, dtype=self.dtype, device=self.device)
         with torch.no_grad():
             return self.decode(z, batch_size=batch_size)
@@ -324,9 +332,7 @@ class InflationaryFlow(nn.Module):
         Raises:
             ValueError: if ``k`` is not in ``1..latent_dim``.
         """
-        if not 1 <= k <= self.latent_dim:
-            raise ValueError(f"decoder expects 1 <= k <= {self.latent_dim} latents, got {k}")
-        return Decoder(self, k)
+        return Decoder(self, check_integer("decoder", k, 1, self.latent_dim, "latents"))
 
     def trajectory(self, x: Tensor, steps: int = 32) -> tuple[Tensor, Tensor]:
         """The path of ``x`` through the paper's rescaled coordinates (see :mod:`ifpyro.flow.trajectory`).
@@ -339,8 +345,9 @@ class InflationaryFlow(nn.Module):
             Angles' times ``(steps + 1,)`` and positions ``(steps + 1, *batch, latent_dim)`` in the eigenbasis.
         """
         grid = replace(self.grid, steps=steps)
-        times, path = rescaled_path(self.map, self.basis.scale, self.standardise(x)[0], grid)
-        return times, path.unflatten(1, x.shape[: x.ndim - len(self.event_shape)])
+        v, batch, _ = self.standardise(x)
+        times, path = rescaled_path(self.map, self.basis.scale, v, grid)
+        return times, path.reshape(len(times), *batch, self.latent_dim)
 
     def participation_ratio(self, t: Tensor | None = None) -> Tensor:
         """The dimension ``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance, at times ``t`` (1 by default).
@@ -412,7 +419,7 @@ class InflationaryFlow(nn.Module):
 
     def standardise(self, x: Tensor, with_log_det: bool = False) -> tuple[Tensor, torch.Size, Tensor | float]:
         """Standardised coordinates ``v`` of data, ``(n, D)``; the batch shape; and the support's log-determinant."""
-        self._check(x, self.event_shape, "x")
+        x = self._checked(x, self.event_shape, "x")
         free, inside = self.chart.unconstrain(x, with_log_det)
         return self.basis.to_standard(free.reshape(-1, self.latent_dim)), free.shape[:-1], inside
 
@@ -430,7 +437,7 @@ class InflationaryFlow(nn.Module):
     # -- internals --------------------------------------------------------------------------------------------------
 
     def _to_data(self, z: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
-        self._check(z, torch.Size([self.latent_dim]), "z")
+        z = self._checked(z, torch.Size([self.latent_dim]), "z")
         batch = z.shape[:-1]
         solve = partial(self.map.to_data, log_det=with_log_det)
         v, log_det = in_parts(solve, z.reshape(-1, self.latent_dim), batch_size)
@@ -449,10 +456,17 @@ class InflationaryFlow(nn.Module):
         """From unconstrained space onto the support, or None for real data."""
         return None if self.chart.is_real else ChartTransform(self.chart)
 
-    def _check(self, value: Tensor, event: torch.Size, name: str) -> None:
+    def _settled(self, x: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Data with a point inside the support in place of those that are not, which were, and the others' density."""
+        x = self._checked(x, self.event_shape, "x")
+        settled, inside = self.chart.settled(x)
+        missing = x.isnan().reshape(*inside.shape, -1).any(-1)
+        return settled, inside, torch.where(missing, math.nan, -math.inf).to(x)
+
+    def _checked(self, value: Any, event: torch.Size, name: str) -> Tensor:
+        """A tensor of the flow's; arrays, tables and lists become one, as they do in training."""
         if not isinstance(value, Tensor):
-            kind = "numpy array" if isinstance(value, np.ndarray) else type(value).__name__
-            raise TypeError(f"expected {name} to be a torch tensor, got a {kind}; use torch.as_tensor({name})")
+            value = as_real(value, name, self.dtype).to(self.device)
         if value.dtype != self.dtype or value.device != self.device:
             raise TypeError(
                 f"expected {name} as {self.dtype} on {self.device}, got {value.dtype} on {value.device}; convert with "
@@ -462,6 +476,7 @@ class InflationaryFlow(nn.Module):
             raise ValueError(
                 f"expected {name} of shape (*batch, {', '.join(map(str, event))}), got {tuple(value.shape)}"
             )
+        return value
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InflationaryFlow":
         self.map.clear()  # its tensors have the old dtype and device

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
+from ...core.arguments import check_batch_size
 from ...core.precision import full_precision
 from ..axes.schedule import Angles
 from ..networks.autocast import Autocast
@@ -248,10 +249,9 @@ def in_parts(solve: Callable[[Tensor], tuple[Tensor, ...]], rows: Tensor, batch_
     Raises:
         ValueError: if the size is not a positive integer.
     """
+    batch_size = check_batch_size(batch_size)
     if batch_size is None:
         return solve(rows)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size expects a positive integer, got {batch_size!r}")
     return tuple(torch.cat(parts) for parts in zip(*map(solve, rows.split(batch_size)), strict=True))
 
 
