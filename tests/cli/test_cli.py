@@ -74,11 +74,13 @@ def test_fit_options(x, tmp_path, capsys):
     np.savez(tmp_path / "y.npz", y=y, other=x)
     out = tmp_path / "flow"
     arguments = ["fit", str(tmp_path / "y.npz"), "--key", "y", "--out", str(out), "--schedule", "reducing:1:0.5"]
-    arguments += ["--support", "unit_interval", "--seed", "5", "--validation", "0.2", "--tolerance", "0.01"]
-    assert main([*arguments, *FIT[:-1]]) == 0
+    arguments += ["--network", "width=16,blocks=1,dropout=1e-1", "--max-steps", "30"]
+    arguments += ["--support", "unit,positive", "--seed", "5", "--validation", "0.2", "--tolerance", "0.01"]
+    assert main(arguments) == 0
     flow = ifpyro.load(out)
+    assert flow.velocity.dropout_rate == 0.1
     assert flow.schedule == Schedule.reducing(1, 0.5)
-    assert flow.support is torch.distributions.constraints.unit_interval
+    assert flow.log_prob([[0.5, 2.0], [1.5, 2.0], [0.5, -1.0]]).isfinite().tolist() == [True, False, False]
     report = flow.report["training"]
     assert (report["seed"], report["validation_rows"], report["steps"]) == (5, 180, 30)
     assert re.search(r"720 rows of shape \(2,\), 30 steps in \d+ s \(max_steps\)", capsys.readouterr().out)

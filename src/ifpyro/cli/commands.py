@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.distributions import constraints
-from torch.distributions.constraints import Constraint
 from tqdm.auto import tqdm
 
 from ..checks.checking import check
@@ -28,12 +26,6 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "preserving": Schedule.preserving,
     "details_first": Schedule.details_first,
     "reducing": Schedule.reducing,
-}
-SUPPORTS: dict[str, Constraint | None] = {
-    "real": None,
-    "positive": constraints.positive,
-    "unit_interval": constraints.unit_interval,
-    "simplex": constraints.simplex,
 }
 
 SAMPLE_BATCH = 4096
@@ -94,7 +86,7 @@ def run_fit(options: Any) -> int:
                 validation=validation,
                 max_steps=options.max_steps,
                 max_seconds=options.max_seconds,
-                support=SUPPORTS[options.support],
+                support=options.support,
                 seed=options.seed,
                 device=device,
                 progress=not options.quiet,

@@ -8,6 +8,8 @@ from typing import Any
 
 from ..core.version import __version__
 
+SUPPORTS = ("real", "positive", "nonnegative", "unit", "unit_interval", "simplex", "circular")
+
 _MAIN = """\
 examples:
   ifpyro fit samples.npy --out prior.safetensors
@@ -115,8 +117,9 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument(
         "--support",
         default="real",
-        choices=("real", "positive", "unit_interval", "simplex"),
-        help="the constraint that all samples obey (default: %(default)s)",
+        type=_support,
+        metavar="NAME[,NAME...]",
+        help=f"what all samples obey, of all columns or of each: {', '.join(SUPPORTS)} (default: %(default)s)",
     )
     fit.add_argument(
         "--validation",
@@ -233,9 +236,26 @@ def _count(text: str) -> int:
 _count.__name__ = "positive integer"
 
 
+def _support(text: str) -> str | list[str]:
+    names = [name.strip() for name in text.split(",")]
+    if not set(names) <= set(SUPPORTS):
+        raise ValueError
+    return names if len(names) > 1 else names[0]
+
+
+_support.__name__ = f"support among {', '.join(SUPPORTS)}, or one a column, with commas"
+
+
 def _network(text: str) -> dict[str, Any]:
     pairs = [part.partition("=") for part in text.split(",")]
-    return {name.strip(): float(value) if "." in value else int(value) for name, _, value in pairs}
+    return {name.strip(): _number(value) for name, _, value in pairs}
+
+
+def _number(text: str) -> int | float:
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
 
 
 _network.__name__ = "list of name=number"
