@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.files import read_tensors, reading
-from ..data.support import from_free, support_from_dict
+from ..data.support import support_from_dict
 from .axes.basis import Basis
 from .axes.schedule import Schedule
 from .axes.separable import SeparableAxes
@@ -60,11 +60,9 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
         flow.exact_up_to = _count(header.get("exact_up_to", flow.exact_up_to), "exact_up_to", 0, most=2**63)
         flow.autocast = _dtype(header.get("autocast"))
         free = basis.scale.new_zeros(1, flow.latent_dim)
-        x, log_det = from_free(free, flow.support, flow.event_shape, True)
-        if x.shape != (1, *flow.event_shape) or not bool((x.sum() + log_det).isfinite()):
-            raise ValueError(
-                f"events {tuple(flow.event_shape)} do not fit a basis of {flow.latent_dim} axes, or the support"
-            )
+        x, log_det = flow.chart.constrain(free, True)
+        if not bool((x.sum() + log_det).isfinite()):
+            raise ValueError("the bounds of its support are too large for its dtype")
     try:
         flow.load_state_dict(tensors)
     except RuntimeError as error:
