@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test lint notebooks bench bench-here bench-quick clean
+.PHONY: demo test doctest lint docs notebooks bench bench-here bench-quick clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/ifpyro demo --out demo
@@ -12,6 +12,13 @@ demo: $(VENV)/demo.installed
 # A process a core, one thread each; a file's tests share its trained flows, so they stay together.
 test: $(VENV)/test.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	$(MAKE) doctest
+
+# The examples of docstrings and of the pages, with their outputs.
+doctest: $(VENV)/test.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -p no:cacheprovider $(EXAMPLES)
+
+EXAMPLES := --doctest-modules --doctest-glob='*.md' --ignore=docs/_build src/ifpyro docs README.md
 
 lint: $(VENV)/dev.installed
 	$(BIN)/ruff check .
