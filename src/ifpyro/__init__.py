@@ -4,7 +4,7 @@ from importlib import import_module as _import_module
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 from typing import Any as _Any
 
-from .core.errors import BatchingError, IfpyroError, ModelError, PoolError
+from .core.errors import BatchingError, ConvergenceWarning, IfpyroError, ModelError, PoolError
 from .core.pool import Pool
 from .core.version import __version__ as __version__
 from .data import datasets
@@ -45,6 +45,7 @@ __all__ = [
     "Basis",
     "BatchingError",
     "CheckResult",
+    "ConvergenceWarning",
     "Decoder",
     "EllipticalSlice",
     "FlowTransform",

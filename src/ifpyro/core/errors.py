@@ -24,3 +24,11 @@ class BatchingError(IfpyroError, RuntimeError):
 
 class PoolError(IfpyroError, RuntimeError):
     """A process has lost touch with the others of its pool."""
+
+
+class ConvergenceWarning(UserWarning):
+    """Draws that may not be trusted, for reasons that the message names with what to do about them.
+
+    ``warnings.filterwarnings("ignore", category=ifpyro.ConvergenceWarning)`` silences it; ``result.converged`` and
+    ``result.diagnostics()`` of a sampler say the same.
+    """

@@ -256,7 +256,7 @@ def test_draws_and_statistics():
     assert (stats["energy"] > -stats["lp"]).all()
     mean_weight = stats["log_weight"][:, 0].double().exp().mean()
     assert float(mean_weight) == pytest.approx(1.0)
-    assert set(smc.diagnostics()) == {"q", "divergences"}
+    assert smc.diagnostics().passed["divergences"]
 
 
 def test_pooled_draws_weigh_islands_by_their_evidence():

@@ -106,7 +106,7 @@ class MCMC(Draws):
         self._checkpoint = None if checkpoint is None else check_writable(checkpoint)
 
     def run(self, *args: Any, **kwargs: Any) -> "MCMC":
-        """Sample the posterior of ``model(*args, **kwargs)``.
+        """Sample the posterior of ``model(*args, **kwargs)``, and warn if it may not be trusted (`diagnostics`).
 
         Ctrl-C ends the run early and keeps the draws made so far; so does a model that fails on the way,
         which also raises.
@@ -127,6 +127,7 @@ class MCMC(Draws):
         with everywhere(density, self._pool) as shared:
             if shared is not None:
                 self._run(shared)
+        self._report()
         return self
 
     def _run(self, density: BatchedDensity) -> None:

@@ -145,7 +145,7 @@ class SMC(Draws):
         self._alone = True  # and not the start of chains
 
     def run(self, *args: Any, **kwargs: Any) -> "SMC":
-        """Sample the posterior of ``model(*args, **kwargs)``.
+        """Sample the posterior of ``model(*args, **kwargs)``, and warn if it may not be trusted (`diagnostics`).
 
         Ctrl-C ends the run with a ``KeyboardInterrupt``: its particles are no draws of the posterior yet. `resume` goes
         on from the last temperature that was finished.
@@ -164,7 +164,10 @@ class SMC(Draws):
             self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
         )
         with everywhere(density, self._pool) as shared:
-            return self if shared is None else self.run_density(shared)
+            if shared is not None:
+                self.run_density(shared)
+        self._report()
+        return self
 
     def resume(self) -> "SMC":
         """Go on where Ctrl-C, or a failing model, ended the last run of this sampler in one process.
@@ -180,7 +183,9 @@ class SMC(Draws):
                 "there is no interrupted run to go on from: call run(...); a run of another process is gone on from "
                 "by SMC(..., checkpoint=PATH).run(...)"
             )
-        return self.run_density(self._density)
+        self.run_density(self._density)
+        self._report()
+        return self
 
     def _forget(self) -> None:
         """Drop what an earlier run found: a run that fails must not leave the evidence of another."""

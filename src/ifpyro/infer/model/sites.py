@@ -120,6 +120,26 @@ def flow_base(fn: Any, value: Tensor) -> Tensor:
     return value
 
 
+def flow_transforms(call: Call, seed: int) -> dict[str, Any]:
+    """The transforms from latent to data of a model's flow sites, as one run shows them: name -> transform.
+
+    Sites with other transforms besides are left out, since these may change from draw to draw; so are all sites of what
+    is no Pyro model, or cannot be run with its latents drawn from the prior.
+    """
+    try:
+        with quietly(seed), torch.no_grad():
+            nodes = poutine.trace(call.model).get_trace(*call.args, **call.kwargs).nodes
+    except Exception:
+        return {}
+    found = {}
+    for name, node in nodes.items():
+        if node["type"] == "sample" and not node["is_observed"] and has_flow(node["fn"]):
+            transforms = core(node["fn"]).transforms
+            if len(transforms) == 1 and getattr(transforms[0], "is_ifpyro_flow", False):
+                found[name] = transforms[0]
+    return found
+
+
 def read_site(name: str, node: Mapping[str, Any]) -> Site:
     """A site as the trace of one run shows it."""
     fn, value = node["fn"], torch.as_tensor(node["value"])

@@ -170,18 +170,6 @@ def to_arviz(
     return _assemble(groups, {**read.attributes, **replayed, **(attrs or {})})
 
 
-def pareto_k(log_weight: np.ndarray) -> float:
-    """Shape of the generalised Pareto tail of importance weights, by ArviZ's ``psislw``."""
-    # Candidates for the shape that are far off overflow: their weight is 1 / inf, as it should be.
-    with np.errstate(over="ignore"):
-        if hasattr(arviz, "psislw"):
-            return float(arviz.psislw(log_weight)[1])
-        # From 1.0 on it lives with ArviZ's array functions, and takes log-likelihoods left out: minus the log-weights.
-        from arviz_stats.base import array_stats  # type: ignore[import-not-found]
-
-        return float(array_stats.psislw(-log_weight)[1])
-
-
 def _check_options(prior: Any, posterior_predictive: Any, predictions: Any, batch_size: Any) -> None:
     def positive(value: Any) -> bool:
         return isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) > 0

@@ -2,6 +2,7 @@
 them."""
 
 import secrets
+import warnings
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -9,12 +10,15 @@ import torch
 from torch import Tensor
 
 from ...core.arguments import check_choice, check_count
+from ...core.errors import ConvergenceWarning
 from ...core.files import read_tensors, reading, write_tensors
 from ...core.pool import Pool
 from ...flow.solver.fidelity import fidelity
 from ..model.batched import resolve_density
 from ..model.density import BatchedDensity
+from ..model.sites import Call, flow_transforms
 from . import diagnostics
+from .convergence import Verdict, judge
 
 D = TypeVar("D", bound="Draws")
 
@@ -40,6 +44,7 @@ class Draws:
     _density: BatchedDensity | None = None
     _positions: Tensor | None = None
     _stats: dict[str, Tensor]
+    _judged: tuple[Tensor, Verdict] | None = None
 
     def __init__(
         self,
@@ -187,18 +192,27 @@ class Draws:
         pick = torch.arange(0, len(flat), max(1, len(flat) // WITNESSES))[:WITNESSES]
         return flat[pick].to(getattr(density, "device", "cpu")), log_density[pick]
 
-    def diagnostics(self) -> dict[str, Any]:
-        """Per site ``{"n_eff": ..., "r_hat": ...}`` (ArviZ), and ``"divergences"``: chain -> indices of
-        divergent draws.
+    def diagnostics(self) -> Any:
+        """Everything that was checked when the run ended, as a pandas ``DataFrame``.
+
+        One row for each check: ``R-hat``, ``bulk ESS`` and ``tail ESS`` of the worst among all quantities (every entry
+        of every site, and ``lp``), ``divergences``, ``acceptance``, ``guide gap``, ``Pareto k``, ``island evidences``,
+        ``round trip of`` every flow site. Columns: ``quantity`` (which is worst), ``value``, ``limit``, ``passed`` and
+        ``advice``. The figures of every quantity are in `summary`.
 
         Raises:
             RuntimeError: if there are no draws.
         """
-        report: dict[str, Any] = dict(diagnostics.convergence(self.get_samples(group_by_chain=True)))
-        report["divergences"] = {
-            f"chain {chain}": row.nonzero()[:, 0].tolist() for chain, row in enumerate(self.sample_stats()["diverging"])
-        }
-        return report
+        return self._verdict().table()
+
+    @property
+    def converged(self) -> bool:
+        """Whether the run passed every check of `diagnostics`; if not, a `ifpyro.ConvergenceWarning` said so.
+
+        Raises:
+            RuntimeError: if there are no draws.
+        """
+        return self._verdict().converged
 
     def summary(self, **options: Any) -> Any:
         """ArviZ's summary table: mean, sd, interval, Monte Carlo error, ESS and R-hat of every site.
@@ -210,6 +224,31 @@ class Draws:
             RuntimeError: if there are no draws.
         """
         return diagnostics.summary(self.get_samples(group_by_chain=True), **options)
+
+    def _verdict(self) -> Verdict:
+        """The checks of the draws that there are now."""
+        positions = self.positions()
+        if self._judged is None or self._judged[0] is not positions:
+            chains, draws, dim = positions.shape
+            try:
+                sites = {n: v.reshape(chains, draws, *v.shape[1:]) for n, v in self._sites(positions.flatten(0, 1)).items()}
+            except RuntimeError:  # `get_samples` says why; the unconstrained draws can still be judged
+                sites = {"q": positions}
+            maps = flow_transforms(Call(self.model, self.model_args, self.model_kwargs), self.seed)
+            maps = {name: transform for name, transform in maps.items() if f"{name}_base" in sites}
+            verdict = judge(sites, self._stats, pareto_k=self.attributes.get("pareto_k"), transforms=maps)
+            self._judged = positions, verdict
+        return self._judged[1]
+
+    def _report(self) -> None:
+        """Warn, from the caller's caller, unless the run that has just ended passes every check."""
+        if self._positions is None or getattr(self._density, "families", 1) > 1:
+            return  # nothing was drawn in this process, or rows belong to different posteriors
+        verdict = self._verdict()
+        self.attributes["converged"] = verdict.converged
+        if not verdict.converged:
+            self.attributes["convergence"] = text = verdict.message(type(self).__name__)
+            warnings.warn(text, ConvergenceWarning, stacklevel=3)
 
     def _note_batching(self) -> None:
         """Report how the model was evaluated, in `attributes`; a density that is no Pyro model does not say."""
