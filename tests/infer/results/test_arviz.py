@@ -17,7 +17,7 @@ import ifpyro.infer
 from ifpyro import InflationaryFlow, Schedule
 from ifpyro.flow.axes.basis import Basis
 from ifpyro.flow.networks.mlp import MLP
-from ifpyro.infer.results.arviz import pareto_k, to_arviz
+from ifpyro.infer.results.arviz import to_arviz
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.0])
 CHAINS, DRAWS = 2, 25
@@ -729,10 +729,3 @@ def test_sites_that_come_and_go_are_refused():
 
     with pytest.raises(ValueError, match="came or went: \\['sometimes'\\]"):
         to_arviz({"mu": draws()}, model=model, args=(Y,), progress=False)
-
-
-@pytest.mark.parametrize("shape", [0.3, 1.5])
-def test_pareto_k_is_the_shape_of_the_tail(shape):
-    """``exp(shape e)`` with ``e`` exponential follows a Pareto distribution of exactly this shape."""
-    e = np.random.default_rng(0).exponential(size=20_000)
-    assert pareto_k(shape * e) == pytest.approx(shape, abs=0.15)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...flow.solver.fidelity import fidelity
+from ..model.sites import to_numpy
 from .diagnostics import SHORTEST, Array, Figures, convergence_figures, screened
 
 R_HAT, R_HAT_ISLANDS = 1.01, 1.05
@@ -88,11 +89,17 @@ class Verdict(NamedTuple):
 
     def table(self) -> Any:
         """A pandas ``DataFrame`` with one row for each check."""
-        import pandas  # comes with xarray; takes half a second to import
+        import xarray  # brings pandas, which takes half a second to import
 
-        rows = [(c.quantity, c.value, c.limit, c.passed, "" if c.passed else c.advice) for c in self.checks]
-        columns = ["quantity", "value", "limit", "passed", "advice"]
-        return pandas.DataFrame(rows, index=[c.name for c in self.checks], columns=columns)
+        columns = {
+            "quantity": [c.quantity for c in self.checks],
+            "value": [c.value for c in self.checks],
+            "limit": [c.limit for c in self.checks],
+            "passed": [c.passed for c in self.checks],
+            "advice": ["" if c.passed else c.advice for c in self.checks],
+        }
+        names = [c.name for c in self.checks]
+        return xarray.Dataset({k: ("check", v) for k, v in columns.items()}, {"check": names}).to_dataframe()
 
 
 def judge(
@@ -156,7 +163,7 @@ def _figures(quantities: Mapping[str, Tensor]) -> tuple[list[str], Figures]:
     columns: list[Figures] = []
     for name, value in quantities.items():
         shape = value.shape[2:]
-        draws = value.detach().cpu().reshape(*value.shape[:2], -1).numpy()
+        draws = to_numpy(value).reshape(*value.shape[:2], -1)
         kept = screened(draws)
         columns.append(convergence_figures(draws[:, :, kept], quantities=draws.shape[2]))
         indices = np.stack(np.unravel_index(kept, shape), 1).tolist() if shape else [[]]
@@ -164,9 +171,7 @@ def _figures(quantities: Mapping[str, Tensor]) -> tuple[list[str], Figures]:
     return names, Figures(*(np.concatenate(column) for column in zip(*columns, strict=True)))
 
 
-def _worst(
-    name: str, names: Sequence[str], values: Array, limits: Array, sign: int, said: str, advice: str
-) -> Check:
+def _worst(name: str, names: Sequence[str], values: Array, limits: Array, sign: int, said: str, advice: str) -> Check:
     """The check of a figure that every quantity has: ``sign`` is 1 where large values are wrong, and -1 where small."""
     excess = np.where(np.isnan(values), -np.inf, sign * (values - limits))
     failed = int((excess > 0).sum())
@@ -199,7 +204,7 @@ def _transitions(stats: Mapping[str, Tensor]) -> Iterator[Check]:
         still = int((lp == lp[:, :1]).all(1).sum())
         yield Check("chains that never moved", still, 0.0, not still, "", f"{still} chains never moved", _MIX["chains"])
     if "fidelity_gap" in stats:
-        gap = np.nan_to_num(stats["fidelity_gap"].detach().cpu().double().numpy(), nan=1e30, posinf=1e30, neginf=-1e30)
+        gap = np.nan_to_num(to_numpy(stats["fidelity_gap"].double()), nan=1e30, posinf=1e30, neginf=-1e30)
         low, high = np.quantile(gap, (0.16, 0.84))
         spread = (high - low) / 2
         said = f"the guide that gives gradients is off by {spread:.1f} nats (at most {GAP:.0f})"

@@ -31,6 +31,9 @@ MOST = 1 << 23
 SHORTEST = 8
 """Draws per chain below which neither R-hat nor an effective sample size says anything."""
 
+NEGLIGIBLE = 1.005
+"""R-hat that needs no explanation."""
+
 SLOWEST = 10.0
 """Longest autocorrelation time that explains an R-hat: with a longer one, fewer draws count than are asked for."""
 
@@ -48,7 +51,7 @@ class Figures(NamedTuple):
     """The smaller effective sample size of the 5% and 95% quantiles."""
     explained: Array
     """The R-hat that chains which agree would exceed once in many runs, by the draws' own autocorrelation within
-    chains; see `convergence_figures`."""
+    chains, and at least `NEGLIGIBLE`; see `convergence_figures`."""
 
 
 def convergence_figures(draws: Array, false_alarms: float = 1e-3, quantities: int | None = None) -> Figures:
@@ -161,9 +164,9 @@ def _figures(draws: Array, false_alarms: float) -> Figures:
         both = np.stack([_r_hat(ranks), _r_hat(folded)])
         low, high = np.quantile(draws, (0.05, 0.95), axis=(1, 2))[..., None, None]
         tail = np.minimum(_effective((halves <= low).astype(float)), _effective((halves <= high).astype(float)))
-        explained = np.ones(len(draws))
+        explained = np.full(len(draws), NEGLIGIBLE)
         for r_hat, scores in zip(both, (ranks, folded), strict=True):
-            rows = (r_hat == both.max(0)) & (r_hat > 1.0)
+            rows = (r_hat == both.max(0)) & (r_hat > NEGLIGIBLE)
             explained[rows] = _explained(scores[rows], false_alarms / 2)
         figures = Figures(np.fmax(*both), _effective(ranks), tail, explained)
     return Figures(*(np.where(finite, values, np.nan) for values in figures))

@@ -229,9 +229,8 @@ class Draws:
         """The checks of the draws that there are now."""
         positions = self.positions()
         if self._judged is None or self._judged[0] is not positions:
-            chains, draws, dim = positions.shape
             try:
-                sites = {n: v.reshape(chains, draws, *v.shape[1:]) for n, v in self._sites(positions.flatten(0, 1)).items()}
+                sites = self.get_samples(group_by_chain=True)
             except RuntimeError:  # `get_samples` says why; the unconstrained draws can still be judged
                 sites = {"q": positions}
             maps = flow_transforms(Call(self.model, self.model_args, self.model_kwargs), self.seed)
