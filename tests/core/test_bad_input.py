@@ -160,7 +160,7 @@ CASES = {
     "a module that is no velocity": (
         fit(network=Scalar(3, 3)),
         TypeError,
-        "network expects a Velocity or options for MLP, got Scalar",
+        "velocity.Velocity or options for MLP, got Scalar",
     ),
     "a network of the wrong output": (fit(network=Narrow(3, 8)), ValueError, r"map \(n, 3\) to \(n, 3\), got \(2, 1\)"),
     "unknown network in a file": (lambda: build_velocity({"kind": "hat"}), ValueError, "got 'hat'"),

@@ -46,32 +46,14 @@ def as_real(x: Any, name: str = "x", dtype: torch.dtype | None = None, *, hold: 
         x = torch.from_numpy(array)
     if dtype is None:
         dtype = x.dtype if stated else _default(x)
-    if hold:
-        refuse_lost(_lost(x, dtype), dtype, name)
-    return x.to(dtype)
-
-
-def refuse_lost(columns: list[int], dtype: torch.dtype, name: str = "x") -> None:
-    """Refuse data of which a dtype cannot hold some columns.
-
-    Raises:
-        ValueError: if there are any.
-    """
-    if columns:
+    lost = _lost(x, dtype) if hold else []
+    if lost:
         remedy = "subtract an offset first" if dtype == torch.float64 else "pass dtype=torch.float64"
         raise ValueError(
-            f"expected columns of {name} that {dtype} can hold, but rounding to it moves columns {columns[:10]} of the "
+            f"expected columns of {name} that {dtype} can hold, but rounding to it moves columns {lost[:10]} of the "
             f"flattened data by more than a thousandth of their standard deviation; {remedy}"
         )
-
-
-def lost_to_rounding(low: Tensor, high: Tensor, sd: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which columns with these smallest and largest values and standard deviations a dtype cannot hold, ``(D,)``."""
-    info = torch.finfo(dtype)
-    largest = torch.maximum(low.abs(), high.abs())
-    rounded = 0.5 * info.eps * largest > TOLERATED * sd
-    out_of_range = (largest > info.max / 16) | (sd < 1e3 * info.tiny)
-    return (high > low) & (rounded | out_of_range)
+    return x.to(dtype)
 
 
 def as_array(x: Any, name: str = "x") -> np.ndarray:
@@ -122,7 +104,10 @@ def _lost(x: Tensor, dtype: torch.dtype) -> list[int]:
     lows, highs, sums = (torch.stack(column) for column in zip(*extremes, strict=True))
     low, high, mean = lows.amin(0), highs.amax(0), sums.sum(0) / len(x)
     squares = torch.stack([(_finite(part) - mean).square().sum(0) for part in parts]).sum(0)
-    return torch.nonzero(lost_to_rounding(low, high, (squares / len(x)).sqrt(), dtype)).flatten().tolist()
+    largest, sd = torch.maximum(low.abs(), high.abs()), (squares / len(x)).sqrt()
+    rounded = 0.5 * torch.finfo(dtype).eps * largest > TOLERATED * sd
+    out_of_range = (largest > torch.finfo(dtype).max / 16) | (sd < 1e3 * torch.finfo(dtype).tiny)
+    return torch.nonzero((high > low) & (rounded | out_of_range)).flatten().tolist()
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -35,9 +35,6 @@ class ByIndex:
             slice.
         count: number of rows.
         dtype: of the rows; by default what suits the first chunk (see :mod:`ifpyro.data.arrays`).
-
-    Attributes:
-        narrowed: whether the data are stored in more digits than the rows have.
     """
 
     def __init__(
@@ -47,10 +44,8 @@ class ByIndex:
         if not count:
             raise ValueError("expected data with at least one row, got none")
         self.chunk_rows = chunk_rows(as_rows(fetch(slice(0, 1))))
-        raw = fetch(slice(0, min(count, self.chunk_rows, _LOOKED_AT)))
-        first = as_rows(raw, dtype=dtype, hold=True)
+        first = as_rows(fetch(slice(0, min(count, self.chunk_rows, _LOOKED_AT))), dtype=dtype, hold=True)
         self.event_shape, self.dtype = first.shape[1:], first.dtype
-        self.narrowed = _narrower(self.dtype, raw)
 
     def rows(self, index: Tensor) -> Tensor:
         """Rows at indices of any shape: ``(*index, *event)``."""
@@ -75,20 +70,15 @@ class Stream:
         raw_pass: starts pass number ``k`` through the data: pieces of which
             :func:`~ifpyro.data.samples.as_rows` makes rows, each with the index of its first row.
         dtype: of the rows; by default what suits the first pieces.
-
-    Attributes:
-        narrowed: whether the data are stored in more digits than the rows have.
     """
 
     def __init__(self, raw_pass: Callable[[int], Iterator[tuple[int, Any]]], dtype: torch.dtype | None = None) -> None:
         self._raw_pass = raw_pass
-        raw = [piece for _, piece in itertools.islice(raw_pass(0), _PIECES)]
-        if not raw:
+        pieces = [as_rows(piece, dtype=dtype, hold=True) for _, piece in itertools.islice(raw_pass(0), _PIECES)]
+        if not pieces:
             raise ValueError("expected data with at least one row, but the stream ended at once")
-        pieces = [as_rows(piece, dtype=dtype, hold=True) for piece in raw]
         self.event_shape = pieces[0].shape[1:]
         self.dtype = max((piece.dtype for piece in pieces), key=lambda kind: kind.itemsize)
-        self.narrowed = _narrower(self.dtype, raw[0])
         self.chunk_rows = chunk_rows(pieces[0])
 
     def look(self, most: int) -> Tensor:
@@ -135,11 +125,6 @@ def open_source(x: Any, seed: int = 0, dtype: torch.dtype | None = None) -> ByIn
 def chunk_rows(rows: Tensor) -> int:
     """How many rows like these to read at a time."""
     return max(1, CHUNK_BYTES // max(1, rows[0].numel() * rows.dtype.itemsize))
-
-
-def _narrower(dtype: torch.dtype, raw: Any) -> bool:
-    stored = getattr(getattr(raw, "dtype", None), "itemsize", 8)
-    return bool(stored > dtype.itemsize)
 
 
 def _has(x: Any, *names: str) -> bool:

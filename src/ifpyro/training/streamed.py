@@ -8,7 +8,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..core.pool import Pool
-from ..data.arrays import lost_to_rounding, refuse_lost
 from ..data.moments import Moments
 from ..data.parts import chart_of, is_uncut, with_cuts
 from ..data.samples import (
@@ -95,9 +94,6 @@ class Streamed:
         if len(self.held_out) == 0:
             raise ValueError(f"validation={fraction} held out none of {moments.count} rows; pass held-out rows instead")
         check_columns(moments.low, moments.high, self.dtype)
-        if source.narrowed and self.chart.is_real:
-            lost = lost_to_rounding(moments.low, moments.high, moments.variance.sqrt(), self.dtype)
-            refuse_lost(torch.nonzero(lost).flatten().tolist(), self.dtype)
         self.count, self._moments = moments.count, moments
 
     def basis(self, own_units: bool | None, kind: str) -> Basis:
