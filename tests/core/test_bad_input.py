@@ -1,6 +1,8 @@
 """What a user can get wrong, and the error that says so: type, and the part of the message that helps."""
 
 import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +17,7 @@ from ifpyro.flow.axes.schedule import Schedule as AnySchedule
 from ifpyro.flow.networks.images import build_velocity
 from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.solver.grid import Grid
+from ifpyro.training import Recipe
 
 X = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
 FLOW = mlp_flow(3, torch.float32)
@@ -33,6 +36,20 @@ def fit(x=X, **options):
 
 def columns(*extra):
     return torch.cat([X, *extra], -1)
+
+
+def mixture(**parts):
+    whole = {"weights": torch.ones(2), "means": torch.eye(2), "covariances": torch.eye(2).expand(2, 2, 2), **parts}
+    return lambda: InflationaryFlow.from_gaussian_mixture(**whole)
+
+
+def model(y):
+    x = pyro.sample("x", FLOW.prior())
+    pyro.sample("y", dist.Normal(x[..., 0], 1.0), obs=y)
+
+
+def smc(**options):
+    return ifpyro.SMC(model, **{"num_particles": 8, "progress": False, **options})
 
 
 class Scalar(torch.nn.Linear):
@@ -178,6 +195,158 @@ CASES = {
     "fidelity of no evaluations": (lambda: ifpyro.fidelity(evaluations=0).__enter__(), ValueError, "integer, got 0"),
     "two fidelities": (lambda: ifpyro.fidelity(steps=3, evaluations=3).__enter__(), ValueError, "exactly one of them"),
     "fidelity True": (lambda: ifpyro.fidelity(steps=True).__enter__(), ValueError, "positive integer, got True"),
+    # options of fit, and what they are instead
+    "a schedule by name": (fit(schedule="preserving"), TypeError, r"schedule expects a Schedule, such as .* got str"),
+    "a schedule's class": (fit(schedule=Schedule), TypeError, "got the class Schedule, no instance of it"),
+    "a recipe of options": (fit(recipe={"rate": 1e-3}), TypeError, r"recipe expects a Recipe, .* got dict"),
+    "a recipe's class": (fit(recipe=Recipe), TypeError, "got the class Recipe, no instance"),
+    "a pool by name": (fit(pool="world"), TypeError, r"pool expects a Pool, such as Pool.join\(\), .* got str"),
+    "units by name": (fit(own_units="yes"), TypeError, "own_units expects True, False or None, got str"),
+    "a seed of text": (fit(seed="a"), ValueError, r"seed expects an integer from 0 to 2\*\*63 - 1, got 'a'"),
+    "a fractional seed": (fit(seed=1.5), ValueError, "seed expects an integer .* got 1.5"),
+    "a large seed": (fit(seed=2**70), ValueError, "seed expects .* got 1180591620717411303424"),
+    "a negative seed": (fit(seed=-1), ValueError, "seed expects an integer .* got -1"),
+    "a seed of True": (fit(seed=True), ValueError, "seed expects an integer .* got True"),
+    "an unknown device": (
+        fit(device="gpu"),
+        ValueError,
+        "a device that is here, .* got 'gpu': Expected",
+    ),
+    "a device of no data": (fit(device="meta"), ValueError, "device expects .* got 'meta': it holds no data"),
+    "a device of a number": (fit(device=7.5), ValueError, "device expects .* got '7.5': it is neither a name"),
+    "a checkpoint of a number": (fit(checkpoint=3), TypeError, "expects a path, got int"),
+    "seconds of True": (fit(max_seconds=True), ValueError, "max_seconds expects a positive number .* got True"),
+    "tolerance without end": (fit(tolerance=np.inf), ValueError, "tolerance expects a positive number, got inf"),
+    "a basis of a number": (fit(basis=3), ValueError, "basis expects 'auto', .* got 3"),
+    "validation of text": (fit(validation="a"), TypeError, "expected validation to be an array of real numbers"),
+    "no batch": (lambda: Recipe(batch=0), ValueError, "Recipe: batch expects an integer >= shared=8 .* got 0"),
+    "a batch below what shares a time": (lambda: Recipe(batch=4), ValueError, "batch expects .* >= shared=8 .* got 4"),
+    "no validation": (lambda: Recipe(check_every=0), ValueError, "check_every expects an integer >= 1, got 0"),
+    "none share": (lambda: Recipe(shared=0), ValueError, "shared expects an integer >= 1, got 0"),
+    "no patience": (lambda: Recipe(patience=-1), ValueError, "patience expects an integer >= 0, got -1"),
+    "steps of text": (lambda: Recipe(max_steps="a"), ValueError, "max_steps expects an integer >= 0, got 'a'"),
+    "a negative rate": (lambda: Recipe(rate=-1.0), ValueError, "rate expects a number > 0, got -1.0"),
+    "a rate of NaN": (lambda: Recipe(rate=float("nan")), ValueError, "rate expects a number > 0, got nan"),
+    "negative decay": (lambda: Recipe(weight_decay=-1), ValueError, "weight_decay expects a number >= 0, got -1"),
+    "an average of all": (lambda: Recipe(average=1.0), ValueError, "average expects a number >= 0 and < 1, got 1.0"),
+    "one time": (lambda: Recipe(time_power=0), ValueError, "time_power expects a number > 0, got 0"),
+    "a width of text": (fit(network={"width": "a"}), ValueError, "MLP expects integers .* width='a'"),
+    "a fractional width": (fit(network={"width": 1.5}), ValueError, "MLP expects integers .* width=1.5"),
+    "a dropout of text": (fit(network={"dropout": "a"}), ValueError, "MLP expects .* dropout='a'"),
+    "a list of widths": (fit(network=[64]), TypeError, "Velocity or options for MLP, got list"),
+    "a start of text": (lambda: Schedule.preserving(start="a"), ValueError, r"0 < start .* start='a'"),
+    # a flow, and what is made of one
+    "no basis": (
+        lambda: InflationaryFlow(None, Schedule.preserving(), MLP(3)),
+        TypeError,
+        "expects a Basis, got NoneType",
+    ),
+    "a flow of a module": (
+        lambda: InflationaryFlow(FLOW.basis, Schedule.preserving(), torch.nn.Linear(3, 3)),
+        TypeError,
+        r"velocity expects a Velocity, such as MLP\(dim\), got Linear",
+    ),
+    "a flow of a schedule's name": (
+        lambda: InflationaryFlow(FLOW.basis, "preserving", MLP(3)),
+        TypeError,
+        "schedule expects a Schedule, .* got str",
+    ),
+    "a flow of a number of steps": (
+        lambda: InflationaryFlow(FLOW.basis, Schedule.preserving(), MLP(3), grid=8),
+        TypeError,
+        r"grid expects a Grid, such as Grid\(8\), or None, got int",
+    ),
+    "a velocity on other axes": (
+        lambda: InflationaryFlow(FLOW.basis, Schedule.preserving(), MLP(4)),
+        ValueError,
+        "a velocity on the 3 axes of the basis, got one on 4",
+    ),
+    "an event shape of text": (
+        lambda: InflationaryFlow(FLOW.basis, Schedule.preserving(), MLP(3), event_shape="a"),
+        ValueError,
+        "event_shape expects a shape of integers .* got 'a'",
+    ),
+    "a transform of nothing": (
+        lambda: ifpyro.FlowTransform(None),
+        TypeError,
+        "FlowTransform expects a flow, got NoneType",
+    ),
+    "a transform of a class": (
+        lambda: ifpyro.FlowTransform(InflationaryFlow),
+        TypeError,
+        "FlowTransform expects a flow, got InflationaryFlow",
+    ),
+    "a check of nothing": (lambda: ifpyro.check(None, X), TypeError, "check expects a flow and then .* got NoneType"),
+    "a check turned round": (lambda: ifpyro.check(X, FLOW), TypeError, "check expects a flow and then .* got Tensor"),
+    "a check's seed": (lambda: ifpyro.check(FLOW, X, seed="a"), ValueError, "seed expects an integer .* got 'a'"),
+    "times of text": (lambda: FLOW.participation_ratio("a"), TypeError, "expected t to be an array of real numbers"),
+    "times beyond the end": (lambda: FLOW.participation_ratio(2.0), ValueError, r"times in \[0, 1\], got 2.0"),
+    "compiled for no rows": (lambda: FLOW.compile(rows=0), ValueError, "compile: rows expects an integer .* got 0"),
+    "x sparse": (lambda: FLOW.log_prob(X.to_sparse()), TypeError, r"a dense tensor, got layout .* use x.to_dense\(\)"),
+    "rows at once of text": (lambda: FLOW.log_prob(X, batch_size="a"), ValueError, "batch_size expects .* got 'a'"),
+    # files
+    "a flow saved nowhere": (lambda: FLOW.save(None), TypeError, "expects a path, got NoneType"),
+    "a flow saved as a folder": (lambda: FLOW.save("/tmp"), ValueError, "a file to write, but /tmp is a folder"),
+    "a flow loaded from nothing": (lambda: ifpyro.load(None), TypeError, "load expects a path, got NoneType"),
+    "loaded to an unknown device": (
+        lambda: ifpyro.load("flow", device="gpu"),
+        ValueError,
+        "device expects .* got 'gpu'",
+    ),
+    # mixtures
+    "a singular mixture": (mixture(covariances=torch.ones(2, 2, 2)), ValueError, r"components \[0, 1\] are not; add"),
+    "a negative mixture": (mixture(covariances=-torch.eye(2).expand(2, 2, 2)), ValueError, r"components \[0, 1\] are"),
+    "one singular component": (
+        mixture(covariances=torch.stack([torch.eye(2), torch.ones(2, 2)])),
+        ValueError,
+        r"symmetric and positive definite, but those of components \[1\] are not",
+    ),
+    "a mixture that is not symmetric": (
+        mixture(covariances=torch.tensor([[1.0, 0.5], [0.0, 1.0]]).expand(2, 2, 2)),
+        ValueError,
+        r"symmetric .* components \[0, 1\]",
+    ),
+    "negative weights": (
+        mixture(weights=torch.tensor([1.0, -0.5])),
+        ValueError,
+        r"weights, got \[1.0, -0.5\]",
+    ),
+    "weights of NaN": (mixture(weights=torch.tensor([1.0, np.nan])), ValueError, "positive weights"),
+    "means of NaN": (mixture(means=torch.full((2, 2), torch.nan)), ValueError, "finite means"),
+    # samplers
+    "SMC of a flow": (
+        lambda: ifpyro.SMC(FLOW),
+        TypeError,
+        "SMC expects a Pyro .* got InflationaryFlow, which",
+    ),
+    "HMC of a prior": (
+        lambda: ifpyro.HMC(FLOW.prior()),
+        TypeError,
+        r"a prior: .* pyro.sample\(\"x\", flow.prior",
+    ),
+    "slices of a flow": (lambda: ifpyro.EllipticalSlice(FLOW), TypeError, "got InflationaryFlow, which is a prior"),
+    "a flow reparameterised": (lambda: ifpyro.reparam(FLOW), TypeError, "a Pyro model .* got InflationaryFlow"),
+    "SMC without data": (
+        lambda: smc().run(None),
+        ValueError,
+        "observes nothing, and argument 1 of it is None",
+    ),
+    "HMC without data": (
+        lambda: ifpyro.MCMC(ifpyro.HMC(model), num_samples=2, progress=False).run(y=None),
+        ValueError,
+        "observes nothing, and y of it is None",
+    ),
+    "a sampler's seed": (lambda: smc(seed="a"), ValueError, "seed expects an integer .* got 'a'"),
+    "a sampler's large seed": (
+        lambda: smc(seed=2**70),
+        ValueError,
+        "seed expects .* got 1180591620717411303424",
+    ),
+    "particles of a fraction": (
+        lambda: smc(num_particles=2.5),
+        ValueError,
+        "num_particles must be .* got 2.5",
+    ),
     # arguments of a flow
     "x of another event shape": (
         lambda: FLOW.encode(torch.zeros(5, 4)),
@@ -297,3 +466,31 @@ def test_bad_files(spoil, tmp_path):
     kind, message = FILES[spoil]
     with pytest.raises(kind, match=f"(?s){message}"):
         ifpyro.load(path)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is such a device")
+def test_a_device_that_is_not_here(tmp_path):
+    with pytest.raises(ValueError, match="device expects a device that is here, such as 'cpu', got 'cuda'"):
+        fit(device="cuda")()
+    FLOW.save(tmp_path / "flow")
+    with pytest.raises(ValueError, match=r"device expects .* got 'cuda'"):
+        ifpyro.load(tmp_path / "flow", device="cuda")
+
+
+@pytest.mark.parametrize("network", [Scalar, Scalar(2, 2), MLP])
+def test_a_network_to_load_that_is_none(network, tmp_path):
+    FLOW.save(tmp_path / "flow")
+    with pytest.raises(TypeError, match="load: network expects an instance of the Velocity"):
+        ifpyro.load(tmp_path / "flow", network=network)
+
+
+def test_mixtures_of_arrays_and_lists():
+    flow = InflationaryFlow.from_gaussian_mixture([1, 1], np.array([[0, 0], [3, 3]]), [np.eye(2), 2 * np.eye(2)])
+    assert flow.dtype == torch.float32
+    assert flow.log_prob([0.0, 0.0]).isfinite()
+
+
+def test_integers_of_numpy_are_integers():
+    flow = fit(seed=np.int64(3), max_steps=np.int32(2), network={"width": np.int64(8)})()
+    assert flow.sample(np.int64(2), seed=np.uint8(1)).shape == (2, 3)
+    assert flow.decoder(np.int16(1)).k == 1

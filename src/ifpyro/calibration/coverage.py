@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.arguments import check_seed
 from .arrays import Array, check_levels, check_probability, truth_and_draws
 from .bands import band_p_value, simultaneous_band
 from .ranks import uniform_ranks
@@ -79,7 +80,7 @@ def coverage(
     truth, draws = truth_and_draws(truth, draws)
     points, prob = check_levels(levels), check_probability("prob", prob)
     count = len(truth)
-    fold = np.abs(2 * uniform_ranks(truth, draws, np.random.default_rng(seed)) - 1)
+    fold = np.abs(2 * uniform_ranks(truth, draws, np.random.default_rng(check_seed(seed))) - 1)
     inside = fold <= points[:, None, None]  # (K, S, d)
     low, high = simultaneous_band(count, points, prob)
     ends = np.quantile(draws, np.stack([0.5 - points / 2, 0.5 + points / 2]), axis=1)  # (2, K, S, d)

@@ -19,6 +19,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..core.arguments import check_seed
 from .arrays import Array, check_levels, check_probability
 from .bands import band_p_value, grid, simultaneous_band
 
@@ -116,7 +117,7 @@ def latent_coverage(
         raise ValueError(f"encode must give latents of shape ({len(x)}, dim), got {tuple(latents.shape)}")
     dim = latents.shape[1]
     radii = np.sqrt(stats.chi2.ppf(points, dim))
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(check_seed(seed))
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.arguments import check_seed
 from .arrays import Array, check_probability, to_array, truth_and_draws
 from .bands import grid, simultaneous_band
 from .ranks import Uniformity, combine, uniform_ranks, uniformity
@@ -91,7 +92,7 @@ def tarp(
     """
     truth, draws = truth_and_draws(truth, draws)
     count, dim = truth.shape
-    prob, rng = check_probability("prob", prob), np.random.default_rng(seed)
+    prob, rng = check_probability("prob", prob), np.random.default_rng(check_seed(seed))
     centre, scale = truth.mean(0), np.where(truth.std(0) > 0, truth.std(0), 1.0)
     if references is None:
         if num_references < 1:

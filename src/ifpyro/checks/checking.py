@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.arguments import check_seed, check_type, is_integer, is_number
 from ..data.samples import as_samples, to_unconstrained
 from ..data.support import support_to_dict
 from ..flow.flow import InflationaryFlow
@@ -69,7 +70,9 @@ def check(
             few rows, or options out of range.
     """
     start = time.perf_counter()
+    check_type("check", flow, InflationaryFlow, "a flow and then held-out data")
     _check_options(rows, level)
+    seed = check_seed(seed)
     x = _rows_of(flow, held_out, "held_out", MINIMUM)
     seen = None if train is None else _rows_of(flow, train, "train", max(MINIMUM, flow.latent_dim + 2))
     chosen = _some(x, rows, seed)
@@ -194,9 +197,9 @@ def _some(x: Tensor, rows: int, seed: int) -> Tensor:
 
 
 def _check_options(rows: int, level: float) -> None:
-    if isinstance(rows, bool) or not isinstance(rows, int) or rows < MINIMUM:
+    if not is_integer(rows, MINIMUM):
         raise ValueError(f"rows expects an integer of at least {MINIMUM}, got {rows!r}")
-    if not (isinstance(level, int | float) and 1e-3 <= level <= 0.2):
+    if not (is_number(level) and 1e-3 <= level <= 0.2):
         raise ValueError(
             f"level expects a probability between 0.001 (below, permutations take minutes) and 0.2, got {level!r}"
         )

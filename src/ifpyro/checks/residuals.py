@@ -30,6 +30,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..core.arguments import check_seed
 from ..flow.flow import InflationaryFlow
 from ..flow.networks.mixture import GaussianMixtureVelocity
 from ..flow.networks.velocity import Velocity
@@ -90,7 +91,7 @@ def network_residuals(flow: InflationaryFlow, x: Tensor, times: Tensor | None = 
     if times.ndim != 1 or bool((times < 0).any()) or bool((times > 1).any()):
         raise ValueError(f"network_residuals expects times of shape (m,) in [0, 1], got {times}")
     rows = _standard(flow, x)
-    generator = torch.Generator(rows.device).manual_seed(seed)
+    generator = torch.Generator(rows.device).manual_seed(check_seed(seed))
     values = []
     with torch.no_grad():
         for t in times.to(rows.device):

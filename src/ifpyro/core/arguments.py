@@ -1,7 +1,12 @@
 """Checks of user arguments: every message says what was expected and what came."""
 
+import math
+import os
 from collections.abc import Sequence
 from numbers import Integral, Real
+from pathlib import Path
+
+import torch
 
 
 def check_count(name: str, value: object, minimum: int) -> int:
@@ -15,15 +20,40 @@ def check_count(name: str, value: object, minimum: int) -> int:
     return int(value)
 
 
+def is_integer(value: object, least: int = -(2**63), most: int = 2**63 - 1) -> bool:
+    """Whether ``value`` is an integer, of any library and no boolean, from ``least`` to ``most``."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and least <= int(value) <= most
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a finite real number, of any library, and no boolean."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(float(value))
+
+
 def check_integer(name: str, value: object, least: int, most: int, of: str = "") -> int:
     """``value`` as an integer from ``least`` to ``most``, which counts what ``of`` says.
 
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not least <= int(value) <= most:
+    if not is_integer(value, least, most):
         raise ValueError(f"{name} expects an integer from {least} to {most}{' ' * bool(of)}{of}, got {value!r}")
-    return int(value)
+    return int(value)  # type: ignore[call-overload]
+
+
+def check_number(
+    name: str, value: object, least: float, below: float = math.inf, *, open_at_least: bool = False
+) -> float:
+    """``value`` as a finite number of at least ``least``, or above it where that end is open, and below ``below``.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    inside = is_number(value) and least <= float(value) < below  # type: ignore[arg-type]
+    if not inside or (open_at_least and value == least):
+        upper = "" if math.isinf(below) else f" and < {below:g}"
+        raise ValueError(f"{name} expects a number {'>' if open_at_least else '>='} {least:g}{upper}, got {value!r}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def check_seed(value: object, name: str = "seed") -> int:
@@ -32,9 +62,9 @@ def check_seed(value: object, name: str = "seed") -> int:
     Raises:
         ValueError: if it is not an integer from 0 to ``2**63 - 1``.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or not 0 <= int(value) < 2**63:
+    if not is_integer(value, 0):
         raise ValueError(f"{name} expects an integer from 0 to 2**63 - 1, got {value!r}")
-    return int(value)
+    return int(value)  # type: ignore[call-overload]
 
 
 def check_shape(name: str, shape: object) -> tuple[int, ...]:
@@ -45,7 +75,7 @@ def check_shape(name: str, shape: object) -> tuple[int, ...]:
     """
     sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else (shape,)
     for size in sizes:
-        if isinstance(size, bool) or not isinstance(size, Integral) or size < 0:
+        if not is_integer(size, 0):
             raise ValueError(f"{name} expects a shape of integers of at least 0, got {shape!r}")
     return tuple(int(size) for size in sizes)
 
@@ -58,9 +88,39 @@ def check_batch_size(value: object) -> int | None:
     """
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+    if not is_integer(value, 1):
         raise ValueError(f"batch_size expects a positive integer, or None for all rows at once, got {value!r}")
-    return int(value)
+    return int(value)  # type: ignore[call-overload]
+
+
+def check_device(device: object, name: str = "device") -> torch.device | None:
+    """``device`` as a device that is here and can hold data, or None as it is.
+
+    Raises:
+        ValueError: if torch knows no such device, or it is not here.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.device(device) if isinstance(device, str | torch.device) else None
+        if found is not None and found.type != "meta":
+            torch.empty(1, device=found)
+            return found
+        reason = "it holds no data" if found is not None else "it is neither a name nor a torch.device"
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+    raise ValueError(f"{name} expects a device that is here, such as 'cpu', got {str(device)!r}: {reason}")
+
+
+def check_path(name: str, path: object) -> Path:
+    """``path`` as a path.
+
+    Raises:
+        TypeError: if it is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"{name} expects a path, got {type(path).__name__}")
+    return Path(path)
 
 
 def check_type(name: str, value: object, kind: type | tuple[type, ...], what: str) -> None:

@@ -19,6 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .arguments import check_path
+
 FORMAT_VERSION = 2
 
 _writing: set[str] = set()  # temporary files of this process that are being written
@@ -101,7 +103,7 @@ def check_writable(path: str | Path) -> Path:
         ValueError: if ``path`` is a folder.
         OSError: if nothing can be written in its folder.
     """
-    path = Path(path)
+    path = check_path("the file to write", path)
     folder = path.parent
     if not folder.is_dir():
         raise FileNotFoundError(f"expected to write {path}, but there is no folder {folder}; make it first")

@@ -163,6 +163,6 @@ def _advice(array: np.ndarray) -> str:
         return "stack its fields: numpy.lib.recfunctions.structured_to_unstructured"
     if array.dtype.kind == "c":
         return "stack real and imaginary parts as columns"
-    if array.ndim == 0:
+    if array.ndim == 0 and array.dtype.kind == "O":
         return "pass a dense array"
     return "encode categories as numbers and drop identifiers first"

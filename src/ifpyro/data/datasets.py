@@ -29,6 +29,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.arguments import check_seed
+
 _NODES_PER_NOISE = 4
 _PANEL = 16  # Gauss nodes on one panel of an open arc
 _PAIRS = 2_000_000  # distances between rows and nodes that are held in memory at once
@@ -49,7 +51,7 @@ class ToySet(ABC):
 
     def sample(self, n: int, *, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """``n`` independent draws, ``(n, D)``; the same for the same seed."""
-        return self._draw(n, torch.Generator().manual_seed(seed)).to(dtype)
+        return self._draw(n, torch.Generator().manual_seed(check_seed(seed))).to(dtype)
 
     def unit_variance(self, scale: Sequence[float] | None = None) -> "ToySet":
         """The same set, centred, with every coordinate at standard deviation one (by its exact moments).

@@ -95,6 +95,8 @@ class FlowTransform(TransformModule):
 
     def __init__(self, flow: _Flow, cache_size: int = 0) -> None:
         super().__init__(cache_size=cache_size)
+        if isinstance(flow, type) or not hasattr(flow, "decode_and_log_det"):
+            raise TypeError(f"FlowTransform expects a flow, got {getattr(flow, '__name__', type(flow).__name__)}")
         self.flow = flow
         self._memory: _Memory | None = None
 

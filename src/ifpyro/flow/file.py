@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.arguments import check_device, check_path, check_type
 from ..core.files import read_tensors, reading
 from ..data.support import support_from_dict
 from .axes.basis import Basis
@@ -33,7 +34,8 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, foreign, from a newer version, or needs ``network``, or another one.
     """
-    tensors, header = read_tensors(path, "flow")
+    device = check_device(device)
+    tensors, header = read_tensors(check_path("load", path), "flow")
     with reading(path, "a flow"):
         spec = header["network"]
         if spec is not None and not isinstance(spec, dict):
@@ -49,6 +51,7 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
     if spec is not None and spec.get("kind") == "denoiser":
         velocity = restore(spec, network, path)
     elif network is not None:
+        check_type("load: network", network, Velocity, "an instance of the Velocity whose weights the file holds")
         velocity = network
     else:
         with reading(path, "a flow"):

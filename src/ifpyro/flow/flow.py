@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,8 +23,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.distributions.constraints import Constraint
 
-from ..core.arguments import check_integer, check_seed, check_shape
-from ..core.files import write_tensors
+from ..core.arguments import check_integer, check_seed, check_shape, check_type
+from ..core.files import check_writable, write_tensors
 from ..core.precision import full_precision
 from ..data.arrays import as_real
 from ..data.constrained import ChartTransform
@@ -121,10 +122,17 @@ class InflationaryFlow(nn.Module):
         report: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_type("InflationaryFlow: basis", basis, Basis, "a Basis")
+        check_type("InflationaryFlow: schedule", schedule, Schedule, "a Schedule, such as Schedule.preserving()")
+        check_type("InflationaryFlow: velocity", velocity, Velocity, "a Velocity, such as MLP(dim)")
+        check_type("InflationaryFlow: grid", grid, (Grid, NoneType), "a Grid, such as Grid(8), or None")
+        axes = getattr(velocity, "dim", basis.dim)
+        if axes != basis.dim:
+            raise ValueError(f"expected a velocity on the {basis.dim} axes of the basis, got one on {axes}")
         self.basis = basis
         self.schedule = schedule
         self.velocity = velocity
-        self.event_shape = torch.Size(event_shape if event_shape is not None else (basis.dim,))
+        self.event_shape = torch.Size((basis.dim,) if event_shape is None else check_shape("event_shape", event_shape))
         self.support = support
         if self.chart.free_shape.numel() != basis.dim:
             raise ValueError(
@@ -354,7 +362,9 @@ class InflationaryFlow(nn.Module):
 
         Source: de Albuquerque & Pearson 2024, section 3; constant in a preserving flow.
         """
-        t = torch.ones(1, dtype=torch.double) if t is None else torch.as_tensor(t, dtype=torch.double)
+        t = torch.ones(1, dtype=torch.double) if t is None else as_real(t, "t", torch.double)
+        if not bool(((t >= 0) & (t <= 1)).all()):
+            raise ValueError(f"participation_ratio expects times in [0, 1], got {t.tolist()}")
         return participation_ratio(self.angles, self.basis.scale, t).squeeze()
 
     def compile(self, *, rows: int = 64, **options: Any) -> float:  # type: ignore[override]
@@ -374,6 +384,7 @@ class InflationaryFlow(nn.Module):
         Raises:
             RuntimeError: from torch, if the compiler is missing or fails; the flow then stays uncompiled.
         """
+        rows = check_integer("compile: rows", rows, 1, 2**31)
         began = time.perf_counter()
         self.map.compile(options)
         try:
@@ -401,6 +412,7 @@ class InflationaryFlow(nn.Module):
         What only changes how they are computed (``gradient_checkpointing``, ``cuda_graphs``, a compiled step) is not
         kept.
         """
+        path = check_writable(path)
         header = {
             "schedule": self.schedule.to_dict(),
             "network": self.velocity.spec(),
@@ -467,6 +479,8 @@ class InflationaryFlow(nn.Module):
         """A tensor of the flow's; arrays, tables and lists become one, as they do in training."""
         if not isinstance(value, Tensor):
             value = as_real(value, name, self.dtype).to(self.device)
+        if value.layout != torch.strided:
+            raise TypeError(f"expected {name} to be a dense tensor, got layout {value.layout}; use {name}.to_dense()")
         if value.dtype != self.dtype or value.device != self.device:
             raise TypeError(
                 f"expected {name} as {self.dtype} on {self.device}, got {value.dtype} on {value.device}; convert with "

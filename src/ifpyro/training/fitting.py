@@ -6,10 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
 
+from ..core.arguments import check_device, check_seed, check_type, is_integer, is_number
 from ..core.files import check_writable
 from ..core.pool import Pool
 from ..core.randomness import seeded
@@ -106,13 +108,18 @@ def fit(
         PoolError: if another process has died.
     """
     _check_limits(max_steps, max_seconds, tolerance)
+    check_type("schedule", schedule, (Schedule, NoneType), "a Schedule, such as Schedule.preserving(), or None")
+    check_type("recipe", recipe, (Recipe, NoneType), "a Recipe, such as Recipe(rate=1e-3), or None")
+    check_type("pool", pool, (Pool, NoneType), "a Pool, such as Pool.join(), or None")
+    check_type("own_units", own_units, (bool, NoneType), "True, False or None")
+    device = check_device(device)
     if checkpoint is not None:
         check_writable(checkpoint)
     pool = Pool() if pool is None else pool
     progress = progress and pool.rank == 0
     schedule = schedule or Schedule.details_first()
     check_dtype(dtype)
-    fresh = torch.Generator().seed() % 2**31 if seed is None else seed
+    fresh = torch.Generator().seed() % 2**31 if seed is None else check_seed(seed)
     seed = int(pool.share_bytes(str(fresh).encode()))
     kind = basis if isinstance(basis, str) else "identity"  # a given basis needs no covariances
     data = _open(x, validation, support, seed, device, dtype, pool, progress, kind)
@@ -231,9 +238,9 @@ def _one_thread() -> Iterator[None]:
 
 
 def _check_limits(max_steps: int | None, max_seconds: float | None, tolerance: float) -> None:
-    if max_steps is not None and (isinstance(max_steps, bool) or not isinstance(max_steps, int) or max_steps < 0):
+    if max_steps is not None and not is_integer(max_steps, 0):
         raise ValueError(f"max_steps expects an integer >= 0 (0 gives a Gaussian), got {max_steps!r}")
-    if max_seconds is not None and not (isinstance(max_seconds, int | float) and max_seconds > 0):
+    if max_seconds is not None and not (is_number(max_seconds) and max_seconds > 0):
         raise ValueError(f"max_seconds expects a positive number of seconds, got {max_seconds!r}")
-    if not (isinstance(tolerance, int | float) and tolerance > 0):
+    if not (is_number(tolerance) and tolerance > 0):
         raise ValueError(f"tolerance expects a positive number, got {tolerance!r}")

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from ..core.arguments import check_number, is_integer
 from ..flow.axes.basis import Basis
 from ..flow.axes.schedule import Angles
 from ..flow.networks.mlp import MLP
@@ -42,6 +43,20 @@ class Recipe:
     check_every: int = 200
     time_power: float = 1.5
     matrix_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_steps", 0), ("shared", 1), ("patience", 0), ("check_every", 1)):
+            if not is_integer(getattr(self, name), least):
+                raise ValueError(f"Recipe: {name} expects an integer >= {least}, got {getattr(self, name)!r}")
+        if not is_integer(self.batch, self.shared):
+            raise ValueError(
+                f"Recipe: batch expects an integer >= shared={self.shared} (rows that share a time), got {self.batch!r}"
+            )
+        check_number("Recipe: rate", self.rate, 0, open_at_least=True)
+        check_number("Recipe: time_power", self.time_power, 0, open_at_least=True)
+        check_number("Recipe: weight_decay", self.weight_decay, 0)
+        check_number("Recipe: matrix_rate", self.matrix_rate, 0)
+        check_number("Recipe: average", self.average, 0, 1)
 
     @classmethod
     def for_data(cls, rows: int, dim: int) -> "Recipe":

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from ...core.arguments import check_count
+from ...core.arguments import check_count, check_seed
 from ...core.files import check_writable, try_to_write
 from ...infer.results import diagnostics
 from ..arrays import Array, check_probability
@@ -73,6 +73,7 @@ def sbc(
         RuntimeError: if a simulation fails; finished ones are kept in the file.
     """
     check_count("num_simulations", num_simulations, 1)
+    seed = check_seed(seed)
     prob = check_probability("prob", prob)
     problem = _problem(model, engine, args, kwargs or {}, block, batch_size)
     name = described(engine)

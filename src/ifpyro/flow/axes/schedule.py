@@ -48,6 +48,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ...core.arguments import is_number
+
 _HALF_PI = math.pi / 2
 _CLOCK_NODES = 2049
 
@@ -159,12 +161,12 @@ class Schedule(ABC):
             Schedule._kinds[cls.kind] = cls
 
     def __post_init__(self) -> None:
-        if not 0 < self.start < self.end < _HALF_PI:
+        if not (is_number(self.start) and is_number(self.end) and 0 < self.start < self.end < _HALF_PI):
             raise ValueError(
-                f"a schedule expects 0 < start < end < pi/2 (radians), got start={self.start}, end={self.end}"
+                f"a schedule expects 0 < start < end < pi/2 (radians), got start={self.start!r}, end={self.end!r}"
             )
-        if not 0 <= self.octaves <= 1:
-            raise ValueError(f"a schedule expects octaves in [0, 1], got {self.octaves}")
+        if not (is_number(self.octaves) and 0 <= self.octaves <= 1):
+            raise ValueError(f"a schedule expects octaves in [0, 1], got {self.octaves!r}")
 
     @staticmethod
     def preserving(start: float = 0.01, end: float = _HALF_PI - 1e-3) -> "Schedule":

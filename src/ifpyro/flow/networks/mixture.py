@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ...data.arrays import as_real
 from ..axes.basis import Basis
 from ..axes.schedule import Angles, Schedule
 from .velocity import Velocity
@@ -68,12 +69,17 @@ def mixture_parts(
     weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule
 ) -> tuple[Basis, GaussianMixtureVelocity]:
     """Axes and exact velocity of a mixture; see :meth:`ifpyro.InflationaryFlow.from_gaussian_mixture`."""
+    means = as_real(means, "means")
+    weights, covariances = (
+        as_real(x, name, means.dtype) for x, name in ((weights, "weights"), (covariances, "covariances"))
+    )
     w, m, cov = weights.double(), means.double(), covariances.double()
     if m.ndim != 2 or cov.shape != (*m.shape, m.shape[-1]) or w.shape != m.shape[:1]:
         raise ValueError(
             "a mixture expects weights (K,), means (K, D) and covariances (K, D, D), got "
             f"{tuple(w.shape)}, {tuple(m.shape)}, {tuple(cov.shape)}"
         )
+    _check_mixture(w, m, cov)
     w = w / w.sum()
     mean = w @ m
     centred = m - mean
@@ -84,3 +90,22 @@ def mixture_parts(
         w.to(means), exact.to_standard(m).to(means), (unit.T @ cov @ unit).to(means), schedule.angles(exact.scale)
     )
     return exact.to(means.dtype), velocity
+
+
+def _check_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> None:
+    if not bool(((weights > 0) & weights.isfinite()).all()):
+        raise ValueError(f"a mixture expects positive weights, got {weights.tolist()}; leave empty components out")
+    if not bool(means.isfinite().all()):
+        raise ValueError("a mixture expects finite means, got NaN or infinity")
+    size = covariances.diagonal(dim1=1, dim2=2).abs().amax(1)[:, None, None]
+    symmetric = ((covariances - covariances.mT).abs() <= 1e-5 * size).flatten(1).all(1)
+    # A pivot that is lost in the rounding of its row is none.
+    factors, failed = torch.linalg.cholesky_ex(covariances)
+    pivots = factors.diagonal(dim1=1, dim2=2).square() / covariances.diagonal(dim1=1, dim2=2)
+    positive = (failed == 0) & (pivots > 1e-12).all(1)
+    bad = torch.nonzero(~(symmetric & positive)).flatten().tolist()
+    if bad:
+        raise ValueError(
+            f"a mixture expects covariances that are symmetric and positive definite, but those of components {bad} "
+            "are not; add a little variance to their diagonals"
+        )

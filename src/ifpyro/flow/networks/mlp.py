@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ...core.arguments import is_integer, is_number
 from .velocity import Velocity
 
 
@@ -43,11 +44,14 @@ class MLP(Velocity):
         waves: int = 0,
     ) -> None:
         super().__init__()
-        if min(dim, width, blocks, frequencies) < 1 or waves < 0 or not 0 <= dropout < 1:
+        counts = all(is_integer(count, 1) for count in (dim, width, blocks, frequencies)) and is_integer(waves, 0)
+        if not counts or not is_number(dropout) or not 0 <= dropout < 1:
             raise ValueError(
-                "MLP expects dim, width, blocks, frequencies >= 1, waves >= 0 and 0 <= dropout < 1, got dim="
-                f"{dim}, width={width}, blocks={blocks}, frequencies={frequencies}, waves={waves}, dropout={dropout}"
+                "MLP expects integers dim, width, blocks, frequencies >= 1, waves >= 0 and a number 0 <= dropout < 1, "
+                f"got dim={dim!r}, width={width!r}, blocks={blocks!r}, frequencies={frequencies!r}, waves={waves!r}, "
+                f"dropout={dropout!r}"
             )
+        dim, width, blocks, frequencies, waves = (int(count) for count in (dim, width, blocks, frequencies, waves))
         self.dim, self.width, self.blocks = dim, width, blocks
         self.dropout_rate, self.frequencies, self.waves = dropout, frequencies, waves
         linear = partial(nn.Linear, dtype=torch.float32)  # so that one seed draws the same under any default dtype

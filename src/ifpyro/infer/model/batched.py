@@ -22,6 +22,7 @@ from ...core.errors import BatchingError, ModelError
 from ...core.messages import warn
 from ...core.precision import full_precision
 from ...core.randomness import alone, seeded
+from ...flow.flow import InflationaryFlow
 from .density import BatchedDensity
 from .enumeration import sum_out
 from .examine import Enumerated, Model, Scan, check_arguments, scan
@@ -351,10 +352,14 @@ def _mend(reason: str) -> str:
 
 def check_model(model: object, kernel: str) -> None:
     """Raises ``TypeError`` unless ``model`` can be called."""
-    if not callable(model):
+    what = "a Pyro model (a callable with pyro.sample statements)"
+    if isinstance(model, InflationaryFlow | torch.distributions.Distribution):
         raise TypeError(
-            f"{kernel} expects a Pyro model (a callable with pyro.sample statements), got {type(model).__name__}"
+            f"{kernel} expects {what}, got {type(model).__name__}, which is a prior: write a model that draws from it, "
+            'pyro.sample("x", flow.prior()), and observes'
         )
+    if not callable(model):
+        raise TypeError(f"{kernel} expects {what}, got {type(model).__name__}")
 
 
 def resolve_density(

@@ -59,6 +59,7 @@ class Scan(Evaluate):
     def __init__(self) -> None:
         super().__init__(Layout())
         self.device = torch.device("cpu")
+        self.observes = False
 
     def _subsample(self, msg: Any) -> None:
         fn = msg["fn"]
@@ -76,6 +77,7 @@ class Scan(Evaluate):
         if name in self.layout.shapes:
             raise ModelError(f"the model has two sites named {name!r}; give every site its own name")
         if type(msg["fn"]).__name__ != "_Subsample" and not is_deterministic(msg):
+            self.observes |= msg["is_observed"]
             self._inspect_observed(msg) if msg["is_observed"] else self._inspect_latent(msg)
         super()._pyro_sample(msg)
         if name in self.values:
@@ -179,6 +181,14 @@ def scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scan:
     for scanner in (found, *others):
         with scanner:
             model(*args, **kwargs)
+    missing = [f"argument {k + 1}" for k, value in enumerate(args) if value is None]
+    missing += [name for name, value in kwargs.items() if value is None]
+    if missing and not found.observes:
+        raise ModelError(
+            f"the model observes nothing, and {' and '.join(missing)} of it {'is' if len(missing) == 1 else 'are'} "
+            "None: without data the posterior is the prior. Pass the data; for draws from the prior use "
+            "pyro.infer.Predictive, or a model without such an argument."
+        )
     if not found.layout.latents:
         raise ModelError(
             "the model has no latent sites: every pyro.sample in it is observed or deterministic. There is "

@@ -13,6 +13,8 @@ from pyro import poutine
 from pyro.distributions import MaskedDistribution
 from pyro.infer.reparam import TransformReparam
 
+from ...flow.flow import InflationaryFlow
+
 
 class _FlowReparam(TransformReparam):
     """Pyro's ``TransformReparam``, for masked flow priors too: the mask moves to the latent."""
@@ -48,7 +50,7 @@ def reparam(model: Callable[..., Any]) -> Callable[..., Any]:
 
     Source: Gorinova, Moore & Hoffman 2019, "Automatic reparameterisation of probabilistic programs".
     """
-    if not callable(model):
+    if not callable(model) or isinstance(model, InflationaryFlow):
         raise TypeError(f"reparam expects a Pyro model (a callable), got {type(model).__name__}")
     return poutine.reparam(model, config=flow_strategy)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ...core.arguments import check_choice, check_count
+from ...core.arguments import check_choice, check_count, check_seed
 from ...core.errors import ConvergenceWarning
 from ...core.files import read_tensors, reading, write_tensors
 from ...core.pool import Pool
@@ -55,7 +55,7 @@ class Draws:
         progress: bool,
         pool: Pool | None = None,
     ) -> None:
-        self.seed = secrets.randbits(31) if seed is None else check_count("seed", seed, 0)
+        self.seed = secrets.randbits(31) if seed is None else check_seed(seed)
         self._batch_size = None if batch_size is None else check_count("batch_size", batch_size, 1)
         check_choice("batching", batching, ("plate", "vmap", "loop", None))
         self._batching = batching
