@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ...core.arguments import check_choice, check_count, check_fraction, check_positive
 from ...flow.solver.fidelity import Level
+from ..model.density import BatchedDensity
 from . import hamiltonian
 from .adaptation import DualAveraging, TrajectoryLength, harmonic_mean
+from .by_row import ByRow, has_rows
 from .guided_density import Target
 from .hamiltonian import Info, State
 from .jumps import LEAST_JUMPS, MAX_DIM, GroupedProposal, IndependenceProposal, Proposal, jump, worthwhile_steps
@@ -47,6 +49,9 @@ class HMC(Kernel[State]):
         jumps: whether to add independence jumps (in at most `MAX_DIM` dimensions).
         level: fidelity of the gradients: ``"coarse"``, ``"fine"`` or a number of solver steps; by default the
             cheapest that agrees with the fine density.
+        rows: whether the objects of a plate with a flow prior each are moved and accepted one by one where they are
+            independent given the rest (`ifpyro.infer.engines.by_row`): then the cost of an object does not grow with
+            their number. Step, trajectory, metric and jumps are then those of that kernel.
 
     Raises:
         ValueError: for arguments out of range.
@@ -65,8 +70,11 @@ class HMC(Kernel[State]):
         max_steps: int = 128,
         jumps: bool = True,
         level: Level | None = None,
+        rows: bool = True,
     ) -> None:
         super().__init__(model, level)
+        check_choice("rows", rows, (True, False))
+        self.rows = rows
         self.step_size = None if step_size is None else check_positive("step_size", step_size)
         self.trajectory_length = (
             None if trajectory_length is None else check_positive("trajectory_length", trajectory_length)
@@ -77,6 +85,10 @@ class HMC(Kernel[State]):
         self.criterion, self.metric, self.jumps = criterion, metric, jumps
         self.target_accept = check_fraction("target_accept", target_accept)
         self.max_steps = check_count("max_steps", max_steps, 1)
+
+    def suited_to(self, density: BatchedDensity) -> Kernel[Any]:
+        """See `Kernel.suited_to`."""
+        return ByRow(self.model, level=self.level) if self.rows and has_rows(density) else self
 
     def begin(
         self, target: Target, q: Tensor, generator: torch.Generator, warmup_steps: int, particles: SMC | None

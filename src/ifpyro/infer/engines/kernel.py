@@ -35,11 +35,18 @@ class Kernel(ABC, Generic[S]):
         ValueError: for a level that there is not.
     """
 
+    finds_starts = False
+    """Whether prior draws are good enough to start from."""
+
     def __init__(self, model: Any, level: Level | None) -> None:
         check_model(model, type(self).__name__)
         check_level(level)
         self.model = model
         self.level = level
+
+    def suited_to(self, density: BatchedDensity) -> "Kernel[Any]":
+        """The kernel that samples this density: itself, or one made for its structure."""
+        return self
 
     def check(self, density: BatchedDensity) -> None:
         """Raises ``ValueError`` for a density that the kernel cannot sample; asked before any work is done."""

@@ -32,8 +32,8 @@ ISLANDS = 4
 PARTICLES, FEW_PARTICLES = 256, 128
 """Particles of it, and beyond `MAX_DIM` dimensions, where no jumps are fitted to them."""
 
-WARMUP, WARMUP_AFTER_SMC = 300, 50
-"""Transitions of a warm-up; particles hand over step, length, metric and guide."""
+WARMUP, WARMUP_AFTER_SMC, WARMUP_BY_ROW = 300, 50, 100
+"""Transitions of a warm-up; particles hand over step, length, metric and guide, objects need little tuning."""
 
 SAVE_EVERY = 30.0
 """Seconds between two writings of the draws so far."""
@@ -46,10 +46,11 @@ class MCMC(Draws):
         kernel: `HMC` or `EllipticalSlice`.
         num_samples: draws kept of each chain.
         warmup_steps: transitions before, in which the kernel is tuned; none of them is kept. By default 50 after SMC,
-            whose particles hand over what they have learned, and else 300.
+            whose particles hand over what they have learned, 100 where objects are moved one by one, and else 300.
         num_chains: chains, all in one batch.
         init: where chains start: ``"smc"`` (particles of a short SMC pass: mode weights are right from the
-            start), ``"prior"``, or a dictionary of every latent site's values in the user's space,
+            start; where `HMC` moves the objects of a plate one by one, prior draws instead, every object at the
+            likeliest of a few), ``"prior"``, or a dictionary of every latent site's values in the user's space,
             each ``(num_chains, *shape)``.
         smc_particles: particles of that pass; at least ``num_chains`` are used. By default 256 in at most 32
             dimensions, where independence jumps are fitted to them, and else 128.
@@ -96,6 +97,7 @@ class MCMC(Draws):
         if not isinstance(init, Mapping) and init not in ("smc", "prior"):
             raise ValueError(f"init must be 'smc', 'prior' or a dictionary of every latent site's values; got {init!r}")
         self.init = init
+        self._default_warmup = warmup_steps is None
         if warmup_steps is None:
             warmup_steps = WARMUP_AFTER_SMC if self.init == "smc" else WARMUP
         self.warmup_steps = check_count("warmup_steps", warmup_steps, 0)
@@ -132,12 +134,15 @@ class MCMC(Draws):
 
     def _run(self, density: BatchedDensity) -> None:
         began = time.perf_counter()
-        self._density = density
+        self._density, self._running = density, self.kernel.suited_to(density)
+        if self._default_warmup and self._running.finds_starts:
+            self.warmup_steps = WARMUP_BY_ROW
         generator = new_generator(density, self.seed)
         target = Target(density, self._batch_size, self.kernel.level)
         q, particles = self._starts(target, generator)
 
-        state = self.kernel.begin(target, q, generator, self.warmup_steps, particles)
+        kernel = self._running
+        state = kernel.begin(target, q, generator, self.warmup_steps, particles)
         draws: list[Tensor] = []
         stats: list[Stats] = []
         total = self.warmup_steps + self.num_samples
@@ -148,10 +153,10 @@ class MCMC(Draws):
                 for step in range(total):
                     warming = step < self.warmup_steps
                     if step == self.warmup_steps:
-                        state, divergences = self.kernel.freeze(state), 0
-                    state, now = self.kernel.warm_up(state, step) if warming else self.kernel.draw(state)
+                        state, divergences = kernel.freeze(state), 0
+                    state, now = kernel.warm_up(state, step) if warming else kernel.draw(state)
                     if not warming:
-                        draws.append(self.kernel.positions(state))
+                        draws.append(kernel.positions(state))
                         stats.append(now)
                     if self._checkpoint is not None and time.monotonic() - saved > SAVE_EVERY:
                         self._keep(draws, stats)
@@ -182,7 +187,7 @@ class MCMC(Draws):
             q = self._from_values(target, self.init)
             check_start(target.fine(q), "given starting points")
             return q, None
-        if self.init == "prior":
+        if self.init == "prior" or (self.init == "smc" and self._running.finds_starts):
             return possible_prior_draws(target, self.num_chains, generator), None
         enough = FEW_PARTICLES if target.density.dim > MAX_DIM else PARTICLES
         count = max(self.smc_particles or enough, self.num_chains)
@@ -221,7 +226,7 @@ class MCMC(Draws):
             return
         self._positions = torch.stack(draws[:done], 1)
         self._stats = {name: torch.stack([now[name] for now in stats[:done]], 1) for name in stats[0]}
-        self.attributes.update(self.kernel.report())
+        self.attributes.update(self._running.report())
         self._note_batching()
         self.attributes.update(warmup_steps=self.warmup_steps, divergences=int(self._stats["diverging"].sum()))
         if self._checkpoint is not None:

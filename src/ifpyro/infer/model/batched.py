@@ -28,6 +28,7 @@ from .enumeration import sum_out
 from .examine import Enumerated, Model, Scan, check_arguments, scan
 from .probe import collect_probes
 from .reparam import reparam
+from .rows import find_rows
 from .runner import Batching, InChunks, Runner, Totals
 from .verify import Verifier, same_rows
 
@@ -66,6 +67,7 @@ class BatchedModel:
         site_batching: the same for the values of sites.
         prior_batching: the same for prior draws.
         dtype, device: of ``q``.
+        rows: a plate of flows whose rows are independent given the rest (`ifpyro.infer.model.rows`), or None.
         prepare: how this model, with these or other data, is changed before it is run: flow priors reparameterised,
             enumerated latents summed out.
     """
@@ -115,6 +117,7 @@ class BatchedModel:
                     "softplus, clamp), or count such draws as impossible: pyro.enable_validation(False)"
                 ) from invalid
             self.gaussian_prior: bool = probes.gaussian_prior
+            self.rows = find_rows(self._runner, probes.q)
             self._verifier = Verifier(self._runner, probes)
             self._trusted: dict[_What, set[int]] = {what: {1, *probes.sizes} for what in _SUBJECTS}
             self._ways: dict[_What, Batching] = {}

@@ -47,7 +47,10 @@ class Runner:
     def single(self, row: Tensor, decoded: Mapping[str, Tensor] | None = None, *, score: bool = True) -> Evaluate:
         """All terms of one draw, ``(dim,)``; what flows make of its latents may be known already (`decode`)."""
         known = {name: (self.flows[name], value) for name, value in (decoded or {}).items()}
-        handler = FromVector(self.layout, row, score=score, decoded=known)
+        return self.listen(FromVector(self.layout, row, score=score, decoded=known))
+
+    def listen(self, handler: Any) -> Any:
+        """Execute the model under a handler of one draw that shares what flows decode, and return the handler."""
         with sharing(handler.decodes):
             return self.run(handler)
 
