@@ -5,8 +5,8 @@ are independent (`ifpyro.infer.model.rows`), so one transition of a chain is
 
 1. for the latent of *each* object, whose prior is ``N(0, I)``, on the object's own terms: a jump to near a draw that
    the warm-up found for it, which crosses between its modes, an elliptical slice (Murray, Adams & MacKay 2010), which
-   has nothing to tune, and a jump again. These run on the guide's cheap decodes; one fine decode decides, object by object
-   (delayed acceptance: Christen & Fox 2005);
+   has nothing to tune, and a jump again. These run on the guide's cheap decodes; one fine decode decides, object by
+   object (delayed acceptance: Christen & Fox 2005);
 2. Hamiltonian moves of everything else, with what the flows have decoded held fixed: no flow is solved for them.
 """
 
