@@ -11,8 +11,9 @@ from .data import datasets
 from .data.circle import circular
 from .flow.axes.basis import Basis
 from .flow.axes.schedule import Schedule
+from .flow.conditional import ConditionalFlow
 from .flow.decoder import Decoder
-from .flow.distribution import FlowTransform
+from .flow.distribution import ConditionalFlowTransform, FlowTransform
 from .flow.file import load_flow as load
 from .flow.flow import InflationaryFlow, LogProbEstimate
 from .flow.networks.mlp import MLP
@@ -45,6 +46,8 @@ __all__ = [
     "Basis",
     "BatchingError",
     "CheckResult",
+    "ConditionalFlow",
+    "ConditionalFlowTransform",
     "ConvergenceWarning",
     "Decoder",
     "EllipticalSlice",

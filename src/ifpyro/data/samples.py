@@ -63,7 +63,7 @@ def refuse_not_finite(x: Tensor, name: str = "x", first: int = 0) -> None:
     if len(bad):
         raise ValueError(
             f"expected finite entries, but {len(bad)} of {_among(x, first)} rows of {name} hold NaN or infinity: rows "
-            f"{_some(bad)}; drop or impute them"
+            f"{some(bad)}; drop or impute them"
         )
 
 
@@ -111,7 +111,7 @@ def check_columns(low: Tensor, high: Tensor, dtype: torch.dtype) -> None:
     constant = torch.nonzero(high - low <= rounding * torch.maximum(low.abs(), high.abs())).flatten()
     if len(constant):
         raise ValueError(
-            f"expected columns that vary, but columns {_some(constant)} of the flattened data are constant; drop "
+            f"expected columns that vary, but columns {some(constant)} of the flattened data are constant; drop "
             "them, or dequantise them (add uniform noise of one unit of resolution)"
         )
 
@@ -132,7 +132,7 @@ def to_unconstrained(x: Tensor, chart: Chart, name: str = "x", first: int = 0) -
     if len(bad):
         raise ValueError(
             f"expected every row of {name} strictly inside the support {in_words(chart.support)}, but {len(bad)} rows "
-            f"are outside or on its boundary: rows {_some(bad)}; drop them, shrink them inwards, or choose another "
+            f"are outside or on its boundary: rows {some(bad)}; drop them, shrink them inwards, or choose another "
             "support"
         )
     return chart.to_free(x).flatten(1)
@@ -184,6 +184,7 @@ def _among(x: Tensor, first: int) -> str:
     return f"{len(x)}" if first == 0 else f"the {len(x)} from {first} on of the"
 
 
-def _some(indices: Tensor) -> str:
+def some(indices: Tensor) -> str:
+    """The first ten of indices, for a message."""
     shown = ", ".join(str(i) for i in indices[:10].tolist())
     return f"[{shown}, ...]" if len(indices) > 10 else f"[{shown}]"

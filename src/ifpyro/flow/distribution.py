@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Protocol
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions.conditional import ConditionalTransformModule
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
 from torch.distributions import constraints
@@ -28,6 +29,9 @@ class _Flow(Protocol):
 
     @property
     def latent_dim(self) -> int: ...
+
+    @property
+    def batch_shape(self) -> torch.Size: ...
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -72,6 +76,15 @@ def sharing(decodes: Decodes) -> Iterator[None]:
         _DECODES.reset(token)
 
 
+class _ConditionalFlow(Protocol):
+    """What a conditional transform asks of a flow."""
+
+    event_shape: torch.Size
+    chart: Chart
+
+    def given(self, c: Any) -> _Flow: ...
+
+
 class FlowTransform(TransformModule):
     """The map from the Gaussian latent to data as a ``TransformModule``.
 
@@ -108,9 +121,7 @@ class FlowTransform(TransformModule):
     @constraints.dependent_property(is_discrete=False)
     def codomain(self) -> constraints.Constraint:
         """The flow's support, over its event shape."""
-        if self.flow.chart.is_real:
-            return constraints.independent(constraints.real, len(self.flow.event_shape))
-        return Inside(self.flow.chart)
+        return _codomain(self.flow.chart, self.flow.event_shape)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         """``(*batch, latent_dim)`` to ``(*batch, *event_shape)``."""
@@ -177,6 +188,34 @@ class FlowTransform(TransformModule):
 
     def __repr__(self) -> str:
         return f"FlowTransform({self.flow.latent_dim} -> {tuple(self.flow.event_shape)})"
+
+
+class ConditionalFlowTransform(ConditionalTransformModule):
+    """The map from latent to data of a conditional flow; ``.condition(c)`` is a :class:`FlowTransform`.
+
+    Args:
+        flow: The conditional flow.
+    """
+
+    bijective = True
+
+    def __init__(self, flow: _ConditionalFlow) -> None:
+        super().__init__()
+        self.flow = flow
+
+    @constraints.dependent_property(is_discrete=False, event_dim=1)
+    def domain(self) -> constraints.Constraint:
+        """Real vectors."""
+        return constraints.real_vector
+
+    @constraints.dependent_property(is_discrete=False)
+    def codomain(self) -> constraints.Constraint:
+        """The flow's support, over its event shape."""
+        return _codomain(self.flow.chart, self.flow.event_shape)
+
+    def condition(self, context: Any) -> FlowTransform:
+        """The transform under conditions ``(*batch, *condition_shape)``."""
+        return FlowTransform(self.flow.given(context))
 
 
 class InverseFlowTransform(_InverseTransform):
@@ -252,9 +291,13 @@ class FlowPrior(dist.TransformedDistribution):
 
 def flow_prior(flow: _Flow) -> FlowPrior:
     """``x = T(z)``, ``z ~ N(0, I)``, as a Pyro distribution of event shape ``flow.event_shape``."""
-    zeros = torch.zeros(flow.latent_dim, dtype=flow.dtype, device=flow.device)
+    zeros = torch.zeros(*flow.batch_shape, flow.latent_dim, dtype=flow.dtype, device=flow.device)
     base = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
     return FlowPrior(base, [FlowTransform(flow)])
+
+
+def _codomain(chart: Chart, event_shape: torch.Size) -> constraints.Constraint:
+    return constraints.independent(constraints.real, len(event_shape)) if chart.is_real else Inside(chart)
 
 
 def _swap_tail(shape: torch.Size, old: torch.Size, new: torch.Size) -> torch.Size:

@@ -4,16 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.arguments import check_device, check_path, check_type
 from ..core.files import read_tensors, reading
+from ..data.conditions import Conditions
 from ..data.support import support_from_dict
 from .axes.basis import Basis
 from .axes.schedule import Schedule
 from .axes.separable import SeparableAxes
+from .conditional import ConditionalFlow
 from .flow import InflationaryFlow
+from .networks.conditional import ConditionalVelocity
 from .networks.images import build_velocity
+from .networks.shifts import ModuleShift, Shift, build_shift
 from .networks.velocity import Velocity
 from .pretrained import restore
 from .solver.grid import Grid
@@ -21,14 +25,25 @@ from .solver.grid import Grid
 _MOST = 10**6  # of what is counted in a file
 
 
-def load_flow(path: str | Path, *, network: Any = None, device: torch.device | str | None = None) -> InflationaryFlow:
-    """Read a flow from a file written by :meth:`InflationaryFlow.save`.
+def load_flow(
+    path: str | Path,
+    *,
+    network: Any = None,
+    condition_network: nn.Module | None = None,
+    device: torch.device | str | None = None,
+) -> Any:
+    """Read a flow from a file written by :meth:`InflationaryFlow.save` or :meth:`ConditionalFlow.save`.
 
     Args:
         path: the file.
         network: for a flow with a network of your own, an instance to receive its weights; for one made by
             :func:`ifpyro.from_denoiser`, the denoiser that was given there.
+        condition_network: for a conditional flow with a module of your own for its conditions, an instance to receive
+            its weights.
         device: where to put it; the CPU by default.
+
+    Returns:
+        An :class:`InflationaryFlow`, or a :class:`ConditionalFlow` where one was saved.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -40,6 +55,9 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
         spec = header["network"]
         if spec is not None and not isinstance(spec, dict):
             raise ValueError(f"expected a network as plain data, got {spec!r}")
+        shift_spec = None
+        if "condition" in header:
+            spec, shift_spec = header["network"]["inner"], header["network"]["shift"]
         if network is None and spec is None:
             raise ValueError(
                 f"the flow in {path} has a network of its user's own; pass an instance as load(..., network=...)"
@@ -59,7 +77,14 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
             velocity = build_velocity(dict(spec or {}))
     velocity = velocity.to(basis.scale.dtype)
     with reading(path, "a flow"):
-        flow = InflationaryFlow(basis, schedule, velocity, **options)
+        flow: InflationaryFlow | ConditionalFlow
+        if "condition" in header:
+            conditions = Conditions.from_spec(header["condition"]).to(basis.scale.dtype)
+            shift = _shift(shift_spec, conditions, condition_network, tensors, path)
+            both = ConditionalVelocity(velocity, shift).to(basis.scale.dtype)
+            flow = ConditionalFlow(conditions, basis, tensors["coefficient"], schedule, both, **options)
+        else:
+            flow = InflationaryFlow(basis, schedule, velocity, **options)
         flow.exact_up_to = _count(header.get("exact_up_to", flow.exact_up_to), "exact_up_to", 0, most=2**63)
         flow.autocast = _dtype(header.get("autocast"))
         free = basis.scale.new_zeros(1, flow.latent_dim)
@@ -77,6 +102,24 @@ def load_flow(path: str | Path, *, network: Any = None, device: torch.device | s
             if found.shape != like.shape or not bool(found.isfinite().all()):
                 raise ValueError(f"the network maps {tuple(like.shape)} to {tuple(found.shape)}, or to NaN")
     return flow.to(device) if device is not None else flow
+
+
+def _shift(
+    spec: dict[str, Any] | None,
+    conditions: Conditions,
+    module: nn.Module | None,
+    tensors: dict[str, Tensor],
+    path: str | Path,
+) -> Shift:
+    if spec is not None:
+        return build_shift(spec)
+    if module is None:
+        raise ValueError(
+            f"the flow in {path} has a module of its user's own for conditions; pass an instance as load(..., "
+            "condition_network=...)"
+        )
+    size, outputs = tensors["velocity.shift.out.weight"].shape
+    return ModuleShift(module, conditions.shape, outputs, size)
 
 
 def _options(header: dict[str, Any]) -> dict[str, Any]:

@@ -192,6 +192,11 @@ class InflationaryFlow(nn.Module):
         self.chart = chart_of(as_support(support, self.event_shape), self.event_shape).to(self.basis.scale)
 
     @property
+    def batch_shape(self) -> torch.Size:
+        """Shape of the batch of distributions that this is: none, unless it has conditions."""
+        return torch.Size()
+
+    @property
     def dtype(self) -> torch.dtype:
         """Floating point type of the flow's buffers."""
         return self.basis.scale.dtype
@@ -299,7 +304,10 @@ class InflationaryFlow(nn.Module):
             ValueError: on an unknown method, or too few probes to have a spread.
         """
         generator = torch.Generator(self.device).manual_seed(check_seed(seed))
-        estimate = partial(self.map.estimate, probes=probes, method=method, generator=generator)
+
+        def estimate(through: DiscreteMap, rows: Tensor) -> tuple[Tensor, ...]:
+            return through.estimate(rows, probes=probes, method=method, generator=generator)
+
         trace_maker(method, probes, self.latent_dim, generator)  # refuses wrong arguments, exact or not
         with torch.no_grad():
             if self.latent_dim <= self.exact_up_to:
@@ -307,7 +315,7 @@ class InflationaryFlow(nn.Module):
                 return LogProbEstimate(exact, torch.zeros_like(exact))
             settled, inside, outside = self._settled(x)
             v, batch, log_det_inside = self.standardise(settled, with_log_det=True)
-            z, log_det, error = in_parts(estimate, v, batch_size)
+            z, log_det, error = self._solve(estimate, v, batch, batch_size)
             value = (log_normal(z) - log_det).reshape(batch) - self.basis.log_det() - log_det_inside
             error = torch.where(inside, error.reshape(batch), 0.0)
         return LogProbEstimate(torch.where(inside, value, outside), error)
@@ -326,7 +334,8 @@ class InflationaryFlow(nn.Module):
             generator.seed()
         else:
             generator.manual_seed(check_seed(seed))
-        z = torch.randn(*shape, self.latent_dim, generator=generator, dtype=self.dtype, device=self.device)
+        size = (*shape, *self.batch_shape, self.latent_dim)
+        z = torch.randn(size, generator=generator, dtype=self.dtype, device=self.device)
         with torch.no_grad():
             return self.decode(z, batch_size=batch_size)
 
@@ -433,7 +442,7 @@ class InflationaryFlow(nn.Module):
         """Standardised coordinates ``v`` of data, ``(n, D)``; the batch shape; and the support's log-determinant."""
         x = self._checked(x, self.event_shape, "x")
         free, inside = self.chart.unconstrain(x, with_log_det)
-        return self.basis.to_standard(free.reshape(-1, self.latent_dim)), free.shape[:-1], inside
+        return self.basis.to_standard(free).reshape(-1, self.latent_dim), free.shape[:-1], inside
 
     def evaluated_velocity(self) -> Velocity:
         """The velocity in the precision in which it is evaluated."""
@@ -451,18 +460,28 @@ class InflationaryFlow(nn.Module):
     def _to_data(self, z: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
         z = self._checked(z, torch.Size([self.latent_dim]), "z")
         batch = z.shape[:-1]
-        solve = partial(self.map.to_data, log_det=with_log_det)
-        v, log_det = in_parts(solve, z.reshape(-1, self.latent_dim), batch_size)
-        free = self.basis.from_standard(v).reshape(*batch, self.latent_dim)
+        solve = partial(DiscreteMap.to_data, log_det=with_log_det)
+        v, log_det = self._solve(solve, z.reshape(-1, self.latent_dim), batch, batch_size)
+        free = self.basis.from_standard(v.reshape(*batch, self.latent_dim))
         x, inside = self.chart.constrain(free, with_log_det)
         return x, log_det.reshape(batch) + self.basis.log_det() + inside if with_log_det else log_det
 
     def _to_latent(self, x: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
         v, batch, inside = self.standardise(x, with_log_det)
-        solve = partial(self.map.to_latent, log_det=with_log_det)
-        z, log_det = in_parts(solve, v, batch_size)
+        solve = partial(DiscreteMap.to_latent, log_det=with_log_det)
+        z, log_det = self._solve(solve, v, batch, batch_size)
         z = z.reshape(*batch, self.latent_dim)
         return z, -(log_det.reshape(batch) + self.basis.log_det() + inside) if with_log_det else log_det
+
+    def _solve(
+        self, solve: Callable[..., tuple[Tensor, ...]], rows: Tensor, batch: torch.Size, batch_size: int | None
+    ) -> tuple[Tensor, ...]:
+        """A solve of the map for the rows ``(n, D)`` of a batch, at most so many at once."""
+        return in_parts(partial(solve, self.map), rows, batch_size)
+
+    def of_rows(self, rows: Tensor) -> "InflationaryFlow":
+        """The flow of some rows of a batch, by their indices: itself, unless it has conditions."""
+        return self
 
     def bijection(self) -> Transform | None:
         """From unconstrained space onto the support, or None for real data."""

@@ -1,7 +1,7 @@
 """How finely a flow must be solved: measured on held-out data, not hoped for."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,15 @@ MOST_REFINEMENTS = 5
 ROUND_TRIP = 2e-5  # standard deviations; rounding alone leaves about 1e-6 in single precision
 
 
+class HasLatent(Protocol):
+    """Whatever has latents."""
+
+    @property
+    def latent_dim(self) -> int:
+        """How many."""
+        ...
+
+
 def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int = 256) -> None:
     """Give the flow the fewest steps whose step-doubling error is within tolerance, its coarse map, and its inverse.
 
@@ -39,7 +48,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
         tolerance: largest accepted error, in standard deviations.
         rows: number of rows to measure on; fewer in more than 128 dimensions.
     """
-    x = x[: _affordable(rows, flow)]
+    x = x[: affordable(rows, flow)]
     with torch.no_grad():
         flow.grid = Grid(MOST_STEPS)  # of whatever accuracy, these are latents to decode from
         z = flow.encode(x)
@@ -121,8 +130,9 @@ def latent_power(flow: InflationaryFlow, x: Tensor, rows: int = 1024) -> dict[st
     Returns:
         ``mean`` over all entries, its ``standard_error``, the mean square of every axis in ``axes``, and ``rows`` used.
     """
+    index = torch.arange(0, len(x), -(-len(x) // affordable(rows, flow)), device=x.device)
     with torch.no_grad():
-        squares = flow.encode(x[:: -(-len(x) // _affordable(rows, flow))]).square().double()
+        squares = flow.of_rows(index).encode(x[index]).square().double()
     per_row = squares.mean(1)
     return {
         "mean": float(per_row.mean()),
@@ -132,7 +142,7 @@ def latent_power(flow: InflationaryFlow, x: Tensor, rows: int = 1024) -> dict[st
     }
 
 
-def _affordable(rows: int, flow: InflationaryFlow) -> int:
+def affordable(rows: int, flow: HasLatent) -> int:
     """Fewer rows where each has more than 128 entries: passes cost more, and errors are averaged over entries too."""
     return max(4, min(rows, rows * 128**2 // flow.latent_dim**2))
 
@@ -146,7 +156,8 @@ def round_trip(flow: InflationaryFlow, x: Tensor) -> tuple[float, float]:
 
 
 def _log_prob_error(flow: InflationaryFlow, x: Tensor) -> float:
-    few = x[: _affordable(64, flow)]
+    few = x[: affordable(64, flow)]
+    flow = flow.of_rows(torch.arange(len(few), device=few.device))
     once = flow.log_prob(few)
     with fidelity(steps=2 * flow.grid.steps):
         twice = flow.log_prob(few)

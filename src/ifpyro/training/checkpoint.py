@@ -8,6 +8,7 @@ long to train may change.
 import json
 import re
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,3 +158,20 @@ def _witnesses(run: Run) -> dict[str, Tensor]:
 def _plain(value: Any) -> Any:
     """As it comes back from a file."""
     return json.loads(json.dumps(value))
+
+
+def train(
+    run: Run,
+    path: str | Path | None,
+    schedule: Schedule,
+    seed: int,
+    max_steps: int,
+    max_seconds: float | None,
+    progress: bool,
+) -> str:
+    """Train, from the checkpoint if there is one, and write it if there is a path; says why training stopped."""
+    training, pool = identity(run, schedule, seed), run.pool
+    if path is not None and pool.share_bytes(b"yes" if Path(path).exists() else b"no") == b"yes":
+        restore(run, path, training)
+    writes = None if path is None or pool.rank else partial(save, run, path, training)
+    return run.train(max_steps, max_seconds, progress, writes)

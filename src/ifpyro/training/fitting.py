@@ -2,14 +2,13 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
+from torch import nn
 
 from ..core.arguments import check_device, check_seed, check_type, is_integer, is_number
 from ..core.files import check_writable
@@ -21,20 +20,35 @@ from ..data.sources import open_source
 from ..flow import reconstruction
 from ..flow.axes.basis import Basis
 from ..flow.axes.schedule import Schedule
+from ..flow.conditional import ConditionalFlow
 from ..flow.flow import InflationaryFlow
 from ..flow.networks.velocity import Velocity
 from ..flow.solver.grid import Grid
 from ..flow.tuning import MOST_REFINEMENTS, MOST_STEPS, choose_grid, latent_power
 from . import checkpoint as checkpoints
+from .conditional import fit_conditional
 from .in_memory import Data, InMemory
-from .loop import Run
+from .loop import Run, one_thread
+from .options import FitOptions
 from .recipe import Recipe, make_network
 from .streamed import Streamed
+
+
+@overload
+def fit(x: Any, *, condition: None = None, **options: Unpack[FitOptions]) -> InflationaryFlow: ...
+
+
+@overload
+def fit(x: Any, *, condition: Any, **options: Unpack[FitOptions]) -> ConditionalFlow: ...
 
 
 def fit(
     x: Any,
     *,
+    condition: Any = None,
+    labels: bool | Sequence[int] | None = None,
+    sets: bool = False,
+    condition_network: nn.Module | None = None,
     schedule: Schedule | None = None,
     network: Velocity | dict[str, Any] | None = None,
     validation: float | Any = 0.1,
@@ -51,8 +65,8 @@ def fit(
     checkpoint: str | Path | None = None,
     pool: Pool | None = None,
     basis: Basis | str = "auto",
-) -> InflationaryFlow:
-    """Train an inflationary flow on samples.
+) -> InflationaryFlow | ConditionalFlow:
+    """Train an inflationary flow on samples, or on samples and the conditions they belong to.
 
     Ctrl-C ends training early and returns the best flow so far; after the training it ends the measurements that choose
     the solver's steps, and returns the flow with steps enough for most.
@@ -62,12 +76,23 @@ def fit(
             array, any ``torch.utils.data`` data set or data loader (of an item that is a tuple, such as (image, label),
             the first entry counts), or an array stored in zarr or HDF5. Of these only chunks are ever loaded, and the
             axes are found in one pass. What decodes slowly is best given as a ``DataLoader`` with workers.
-        schedule: ``Schedule.details_first()`` by default.
+        condition: what each sample is to depend on: ``(N, *shape)`` numbers, with NaN for what is missing; the flow is
+            then conditional. Samples must be in memory. An untrained conditional flow is linear regression on the
+            conditions, with the covariance of its residuals.
+        labels: True if the conditions are integers that name classes, the columns that do if only some, False for
+            integers that are numbers. Integers are refused by default, because they could be either.
+        sets: whether a condition is a set, ``(elements, columns)``, whose order means nothing; absent elements are rows
+            of NaN.
+        condition_network: any torch module from standardised conditions ``(n, *shape)`` to ``(n, K)``; a perceptron,
+            and for sets one of every element, by default.
+        schedule: ``Schedule.details_first()`` by default; of narrow conditional distributions with less noise at its
+            start.
         network: options for the default network (``{"width": 256}``), or any
             :class:`~ifpyro.flow.networks.velocity.Velocity`, which is copied.
         validation: the fraction of rows held out for early stopping, or the held-out rows themselves. Rows of a stream
             are told apart by their content: where it changes from pass to pass (augmentation, fresh dequantisation
-            noise), give held-out rows.
+            noise), give held-out rows. With conditions, a pair ``(x, condition)``; of a fraction whole conditions are
+            held out where few are distinct.
         max_steps: most optimiser steps; the learning rate is annealed over them.
         max_seconds: most seconds of training; whichever limit is nearer drives the annealing.
         support: what all samples obey: a torch or Pyro constraint; one of the names ``"real"``, ``"positive"``,
@@ -100,7 +125,7 @@ def fit(
             events of at least two dimensions, ``low_rank`` for vectors up to 16,384 columns.
 
     Returns:
-        The flow, with what was measured in ``flow.report``.
+        The flow, with what was measured in ``flow.report``; with conditions an :class:`~ifpyro.ConditionalFlow`.
 
     Raises:
         TypeError: if ``x`` is not an array of real numbers.
@@ -117,10 +142,38 @@ def fit(
         check_writable(checkpoint)
     pool = Pool() if pool is None else pool
     progress = progress and pool.rank == 0
-    schedule = schedule or Schedule.details_first()
     check_dtype(dtype)
     fresh = torch.Generator().seed() % 2**31 if seed is None else check_seed(seed)
     seed = int(pool.share_bytes(str(fresh).encode()))
+    if condition is None and (labels is not None or sets or condition_network is not None):
+        raise ValueError(
+            "labels, sets and condition_network describe a condition, but none was given: fit(x, condition=c)"
+        )
+    if condition is not None:
+        return fit_conditional(
+            x,
+            condition,
+            labels=labels,
+            sets=sets,
+            condition_network=condition_network,
+            schedule=schedule,
+            network=network,
+            validation=validation,
+            max_steps=max_steps,
+            max_seconds=max_seconds,
+            support=support,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            own_units=own_units,
+            recipe=recipe,
+            tolerance=tolerance,
+            checkpoint=checkpoint,
+            pool=pool,
+            basis=basis,
+        )
+    schedule = schedule or Schedule.details_first()
     kind = basis if isinstance(basis, str) else "identity"  # a given basis needs no covariances
     data = _open(x, validation, support, seed, device, dtype, pool, progress, kind)
 
@@ -129,7 +182,7 @@ def fit(
     recipe = recipe or Recipe.for_data(data.count, axes.dim)
     limit = max_steps if max_steps is not None else recipe.max_steps
     # Layers initialise, and dropout draws, from torch's global stream: borrow it, and give it back as it was.
-    with seeded(seed), _one_thread():
+    with seeded(seed), one_thread():
         torch.manual_seed(seed)  # devices of other kinds too
         angles = schedule.angles(axes.scale)
         net = make_network(network, data.count, axes, angles)
@@ -143,33 +196,14 @@ def fit(
             data.fingerprint(),
             pool,
         )
-        training = checkpoints.identity(run, schedule, seed)
-        if checkpoint is not None and pool.share_bytes(b"yes" if Path(checkpoint).exists() else b"no") == b"yes":
-            checkpoints.restore(run, checkpoint, training)
-        save = None if checkpoint is None or pool.rank else partial(checkpoints.save, run, checkpoint, training)
-        stopped = run.train(limit, max_seconds, progress, save)
+        stopped = checkpoints.train(run, checkpoint, schedule, seed, limit, max_seconds, progress)
     flow = InflationaryFlow(
         axes,
         schedule,
         run.best_network(),
         event_shape=data.event_shape,
         support=data.chart.support,
-        report={
-            "training": {
-                "rows": data.count,
-                "validation_rows": len(data.held_out),
-                "steps": run.step,
-                "best_step": run.best.step,
-                "samples_seen": run.step * recipe.batch,
-                "seconds": round(run.seconds, 2),
-                "validation_loss": run.best.loss,
-                "validation_loss_gaussian": run.gaussian_loss(),
-                "history": run.history,
-                "stopped": stopped,
-                "seed": seed,
-                "processes": pool.size,
-            }
-        },
+        report={"training": run.report(stopped, seed)},
     )
     try:
         choose_grid(flow, data.held_out if len(data.held_out) >= 32 else data.first, tolerance)
@@ -220,21 +254,6 @@ def _open(
     x = as_samples(x, dtype=dtype, hold=True)
     x = x.to(device) if device is not None else x
     return InMemory(x, validation, support, torch.Generator().manual_seed(seed), names)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Train on one thread, then restore the setting.
-
-    The matrices of a training step are small: more threads gain little on an idle machine, and on a busy one they wait
-    for each other at every operation (2 threads were 40 times slower on two occupied cores).
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _check_limits(max_steps: int | None, max_seconds: float | None, tolerance: float) -> None:

@@ -23,6 +23,7 @@ from ..core.pool import Pool
 from ..core.randomness import seeded
 from ..core.signals import Asked, interrupt_noted
 from ..flow.axes.schedule import Angles
+from ..flow.networks.conditional import ConditionalVelocity
 from ..flow.networks.velocity import Velocity
 from .loss import noised_rows, velocity_loss
 from .optimiser import make_optimisers
@@ -55,6 +56,7 @@ class Run:
     count: int
     fingerprint: str
     pool: Pool = field(default_factory=Pool)
+    conditions: int = 0  # trailing columns of the rows, of which the network's shift is made
     step: int = 0
     seconds: float = 0.0
     history: list[tuple[int, float]] = field(default_factory=list)
@@ -69,7 +71,7 @@ class Run:
         self._weights: list[Tensor] = list(self.net.parameters())
         self._averages: list[Tensor] = list(self.average.parameters())
         self.best = Best(math.inf, 0, {name: value.clone() for name, value in self.net.state_dict().items()})
-        self.validation = noised_rows(self.held_out, self.angles, recipe.time_power)
+        self.validation = noised_rows(self.held_out, self.angles, recipe.time_power, self.dim)
         self._stop: float | bool = False
         self._asked: Asked | bool = False  # whether Ctrl-C has come
         self._clock = 0.0  # of this process; ``seconds`` is what all go by
@@ -144,6 +146,18 @@ class Run:
                 return "interrupted"
         return "max_steps"
 
+    @property
+    def dim(self) -> int:
+        """Axes ``D``."""
+        return self.rows.dim - self.conditions
+
+    def embed(self, net: Velocity, t: Tensor, data: Tensor) -> Tensor:
+        """The embedding of times, shifted by the conditions that rows bring along."""
+        embedding = net.embed(t)
+        if isinstance(net, ConditionalVelocity):
+            embedding = embedding + net.shift(data[..., self.dim :])
+        return embedding
+
     def best_network(self) -> Velocity:
         """The averaged network with the lowest validation loss."""
         self.net.load_state_dict(self.best.weights)
@@ -163,9 +177,9 @@ class Run:
         t = (((strata + torch.rand(times, dtype=torch.float32, device=rows.device)) / times) ** recipe.time_power)[mine]
         theta = self.angles(t).to(data)
         # In single precision always: the same seed then draws the same, whatever the data's or torch's default dtype.
-        noise = torch.randn(recipe.shared, times, rows.dim, dtype=torch.float32, device=rows.device)[:, mine].to(data)
+        noise = torch.randn(recipe.shared, times, self.dim, dtype=torch.float32, device=rows.device)[:, mine].to(data)
         with self._own_randomness():
-            loss = velocity_loss(self.net, data, noise, theta, self.net.embed(t))
+            loss = velocity_loss(self.net, data[..., : self.dim], noise, theta, self.embed(self.net, t, data))
         self.net.zero_grad()
         loss.backward()
         if not self._agree(loss.detach()):
@@ -221,15 +235,48 @@ class Run:
     def gaussian_loss(self) -> float:
         """The validation loss of the Gaussian with the data's mean and covariance, whose velocity is zero."""
         rows, noise, _, theta = self.validation
-        return float((theta.sin() * rows - theta.cos() * noise).square().mean())
+        return float((theta.sin() * rows[:, : self.dim] - theta.cos() * noise).square().mean())
+
+    def report(self, stopped: str, seed: int) -> dict[str, Any]:
+        """What a flow remembers of its training."""
+        return {
+            "rows": self.count,
+            "validation_rows": len(self.held_out),
+            "steps": self.step,
+            "best_step": self.best.step,
+            "samples_seen": self.step * self.recipe.batch,
+            "seconds": round(self.seconds, 2),
+            "validation_loss": self.best.loss,
+            "validation_loss_gaussian": self.gaussian_loss(),
+            "history": self.history,
+            "stopped": stopped,
+            "seed": seed,
+            "processes": self.pool.size,
+        }
 
     def _validate(self) -> None:
         network = self.average.eval()
         rows, noise, t, theta = self.validation
         mine = self.pool.mine(len(rows))
         with torch.no_grad():
-            own = velocity_loss(network, rows[mine], noise[mine], theta[mine], network.embed(t[mine]))
+            embedding = self.embed(network, t[mine], rows[mine])
+            own = velocity_loss(network, rows[mine, : self.dim], noise[mine], theta[mine], embedding)
         [loss] = self.pool.totals([float(own) * ((mine.stop - mine.start) / len(rows))])
         if loss < self.best.loss:
             self.best = Best(loss, self.step, {name: value.clone() for name, value in network.state_dict().items()})
         self.history.append((self.step, loss))
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Train on one thread, then restore the setting.
+
+    The matrices of a training step are small: more threads gain little on an idle machine, and on a busy one they wait
+    for each other at every operation (2 threads were 40 times slower on two occupied cores).
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -19,15 +19,18 @@ def velocity_loss(network: Velocity, rows: Tensor, noise: Tensor, theta: Tensor,
     return (network(cos * rows + sin * noise, embedding) - (sin * rows - cos * noise)).square().mean()
 
 
-def noised_rows(rows: Tensor, angles: Angles, time_power: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Held-out rows with noise and times that stay the same, so that two losses differ by their networks alone."""
+def noised_rows(rows: Tensor, angles: Angles, time_power: float, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Held-out rows with noise and times that stay the same, so that two losses differ by their networks alone.
+
+    Noise has the ``dim`` leading columns of the rows.
+    """
     generator = torch.Generator().manual_seed(0)
     fewest, most = _VALIDATION_ROWS
-    count = max(1024, min(most, max(fewest, _NOISES * len(rows)), _VALIDATION_ENTRIES // rows.shape[1]))
+    count = max(1024, min(most, max(fewest, _NOISES * len(rows)), _VALIDATION_ENTRIES // dim))
     repeats = max(1, count // len(rows))
     index = torch.arange(len(rows)).repeat(repeats)[:count]
     strata = torch.randperm(len(index), generator=generator)
     t = ((strata + torch.rand(len(index), generator=generator, dtype=torch.double)) / len(index)) ** time_power
-    noise = torch.randn(len(index), rows.shape[1], generator=generator, dtype=torch.float32).to(rows.dtype)
+    noise = torch.randn(len(index), dim, generator=generator, dtype=torch.float32).to(rows.dtype)
     t = t.to(rows.device)
     return rows[index.to(rows.device)], noise.to(rows.device), t, angles(t).to(rows)

@@ -15,6 +15,7 @@ kind            ``r``      axes
 ==============  =========  ==========================================================================================
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -242,6 +243,12 @@ class Basis(nn.Module):
     def principal(self) -> int:
         """Number ``r`` of principal axes; the order of the others means nothing."""
         return self.dim if isinstance(self.rotation, SeparableAxes) else self.rotation.shape[1]
+
+    def with_mean(self, mean: Tensor) -> "Basis":
+        """The same axes about another mean, or means of rows, ``(..., D)``; what does not differ is shared."""
+        other = copy.copy(self)
+        other.__dict__.update(_buffers={**self._buffers, "mean": mean}, _modules=dict(self._modules))
+        return other
 
     def rotate(self, u: Tensor) -> Tensor:
         """From columns to axes, ``u W``, for ``u`` of shape ``(..., D)``; in full precision under autocast too."""

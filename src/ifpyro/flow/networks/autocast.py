@@ -21,7 +21,11 @@ class Autocast(Velocity):
 
     def __init__(self, inner: Velocity, dtype: torch.dtype) -> None:
         super().__init__()
-        self.inner, self.dtype = inner, dtype
+        self.inner, self.dtype, self.broadcasts = inner, dtype, inner.broadcasts
+
+    def of_rows(self, rows: Tensor) -> "Autocast":
+        """Of the inner velocity's."""
+        return Autocast(self.inner.of_rows(rows), self.dtype)
 
     def embed(self, t: Tensor) -> Tensor:
         """In full precision: once for a grid."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ..axes.basis import Basis
 from ..axes.schedule import Angles
+from .conditional import GivenVelocity
 from .mlp import MLP
 from .velocity import FramedVelocity, Velocity
 
@@ -146,7 +147,11 @@ def build_velocity(spec: dict[str, Any]) -> Velocity:
     """The module that :meth:`Velocity.spec` described."""
     options = dict(spec)
     kind = options.pop("kind", None)
-    makers: dict[str, Callable[..., Velocity]] = {"mlp": MLP, "unet": unet}
+    makers: dict[str, Callable[..., Velocity]] = {"mlp": MLP, "unet": unet, "given": _given}
     if kind not in makers:
         raise ValueError(f"expected a network of kind {sorted(makers)}, got {kind!r}")
     return makers[kind](**options)
+
+
+def _given(inner: dict[str, Any], size: int) -> Velocity:
+    return GivenVelocity(build_velocity(inner), torch.zeros(size))

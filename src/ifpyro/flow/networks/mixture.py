@@ -69,6 +69,23 @@ def mixture_parts(
     weights: Tensor, means: Tensor, covariances: Tensor, schedule: Schedule
 ) -> tuple[Basis, GaussianMixtureVelocity]:
     """Axes and exact velocity of a mixture; see :meth:`ifpyro.InflationaryFlow.from_gaussian_mixture`."""
+    w, m, cov = checked_mixture(weights, means, covariances)
+    means = as_real(means, "means")
+    mean, covariance = mixture_moments(w, m, cov)
+    exact = Basis.from_moments(mean, covariance, m)
+    unit = exact.rotate(torch.eye(len(mean)).to(m)) / exact.scale
+    velocity = GaussianMixtureVelocity(
+        w.to(means), exact.to_standard(m).to(means), (unit.T @ cov @ unit).to(means), schedule.angles(exact.scale)
+    )
+    return exact.to(means.dtype), velocity
+
+
+def checked_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalised weights, means and covariances in double precision.
+
+    Raises:
+        ValueError: if they are none of a mixture.
+    """
     means = as_real(means, "means")
     weights, covariances = (
         as_real(x, name, means.dtype) for x, name in ((weights, "weights"), (covariances, "covariances"))
@@ -80,16 +97,14 @@ def mixture_parts(
             f"{tuple(w.shape)}, {tuple(m.shape)}, {tuple(cov.shape)}"
         )
     _check_mixture(w, m, cov)
-    w = w / w.sum()
+    return w / w.sum(), m, cov
+
+
+def mixture_moments(w: Tensor, m: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of a mixture."""
     mean = w @ m
     centred = m - mean
-    covariance = torch.einsum("k,kij->ij", w, cov + centred.unsqueeze(-1) * centred.unsqueeze(-2))
-    exact = Basis.from_moments(mean, covariance, m)
-    unit = exact.rotate(torch.eye(len(mean)).to(m)) / exact.scale
-    velocity = GaussianMixtureVelocity(
-        w.to(means), exact.to_standard(m).to(means), (unit.T @ cov @ unit).to(means), schedule.angles(exact.scale)
-    )
-    return exact.to(means.dtype), velocity
+    return mean, torch.einsum("k,kij->ij", w, cov + centred.unsqueeze(-1) * centred.unsqueeze(-2))
 
 
 def _check_mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> None:

@@ -32,6 +32,7 @@ class MLP(Velocity):
         waves: octaves of sines and cosines of every coordinate that the inlet sees beside the coordinate.
     """
 
+    broadcasts = True
     _rates: Tensor
 
     def __init__(

@@ -21,7 +21,13 @@ class Velocity(nn.Module, ABC):
     What depends on time alone is separated from what depends on the state, because a fixed grid visits the same few
     times in every solve: the flow calls :meth:`embed` once for the grid and :meth:`forward` at every evaluation.
     Each row of the result must depend on its own row of ``y`` alone (no batch normalisation).
+
+    Attributes:
+        broadcasts: Whether :meth:`forward` and :meth:`with_products` also take ``y`` of shape ``(S, n, D)`` with an
+            embedding ``(n, E)``, which spares conditional flows a copy of the embedding for each of ``S`` draws.
     """
+
+    broadcasts: bool = False
 
     @abstractmethod
     def embed(self, t: Tensor) -> Tensor:
@@ -49,6 +55,14 @@ class Velocity(nn.Module, ABC):
 
         values, products = torch.func.vmap(product)(directions)
         return values[0], products
+
+    def timed(self) -> "Velocity":
+        """The velocity whose weights :meth:`embed` reads."""
+        return self
+
+    def of_rows(self, rows: Tensor) -> "Velocity":
+        """The velocity of some rows of a batch, by their indices: itself, unless rows have conditions of their own."""
+        return self
 
     def attach(self, basis: Basis, angles: Angles) -> None:
         """Told by a flow, and by training before its first step, in which coordinates ``y`` is given.

@@ -140,7 +140,7 @@ class DiscreteMap:
 
     def steps(self, like: Tensor, grid: Grid | None = None) -> Solver:
         """The steps of a grid, that of the current fidelity by default, for states like a tensor."""
-        return self._solvers.get(self.velocity, self.angles, grid or self._current_grid(), like)
+        return self._solvers.get(self.velocity.timed(), self.angles, grid or self._current_grid(), like)
 
     def evaluated_velocity(self) -> Velocity:
         """The velocity in the precision in which it is evaluated."""
@@ -175,6 +175,17 @@ class DiscreteMap:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiled_take": None}
+
+    def driven_by(self, velocity: Velocity, frame: nn.Module | None) -> "DiscreteMap":
+        """The same grid and switches with another velocity whose time embeddings are the same: steps are shared."""
+        other = DiscreteMap(velocity, self.angles, self.grid, self.coarse_steps, self.switches, frame)
+        if velocity.timed() is self.velocity.timed():
+            other._solvers = self._solvers
+        return other
+
+    def of_rows(self, rows: Tensor) -> "DiscreteMap":
+        """The map of some rows of a batch whose rows have conditions of their own."""
+        return self.driven_by(self.velocity.of_rows(rows), self._frame)
 
     # -- internals --------------------------------------------------------------------------------------------------
 

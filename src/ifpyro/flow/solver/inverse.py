@@ -50,12 +50,12 @@ def _close(velocity: Velocity, step: Step, y: Tensor, target: Tensor) -> Tensor:
         rows = _which(_size(target - take(velocity, step, y)) > _tolerance(y))
         if not len(rows):
             return y
-        found, closed = _newton(velocity, step, y[rows], target[rows])
+        found, closed = _newton(velocity.of_rows(rows), step, y[rows], target[rows])
     rows, found = rows[closed], found[closed]
     if not len(rows):  # networks may refuse an empty batch
         return y
     # The last step is taken with gradients. Started from the solution, it has those of the inverse function.
-    value, jacobian = take_with_jacobian(velocity, step, found)
+    value, jacobian = take_with_jacobian(velocity.of_rows(rows), step, found)
     found = found + torch.linalg.solve(jacobian, target[rows] - value)
     return y.index_put((rows,), found)
 
