@@ -121,6 +121,11 @@ class Conditions(nn.Module):
             return len(self.centre)
         return len(self.numeric) + len(self._missing_at) + sum(map(len, self.labels.values()))
 
+    @property
+    def all_labels(self) -> bool:
+        """Whether a condition is nothing but labels, which are integers then."""
+        return len(self.labels) == self.shape.numel() and not self.sets
+
     def forward(self, c: Tensor) -> Tensor:
         """Features ``(*batch, p)`` of conditions ``(*batch, *shape)``."""
         raw = self._raw(c)
@@ -156,8 +161,7 @@ class Conditions(nn.Module):
         if lead < 0 or c.shape[lead:] != self.shape:
             shape = ", ".join(["*batch", *map(str, self.shape)])
             raise ValueError(f"expected conditions of shape ({shape}), got {tuple(c.shape)}; pass what fit was given")
-        every = len(self.labels) == self.shape.numel() and not self.sets
-        if every and c.is_floating_point():
+        if self.all_labels and c.is_floating_point():
             raise TypeError(f"expected labels as integers, got {c.dtype}; convert with c.long()")
         c = c.to(device=device, dtype=dtype)
         if torch._C._functorch.is_functorch_wrapped_tensor(c):  # values cannot decide anything there

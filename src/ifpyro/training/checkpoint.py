@@ -151,7 +151,7 @@ def _witnesses(run: Run) -> dict[str, Tensor]:
     rows, noise, t, theta = (x[:_WITNESSES] for x in run.validation)
     network = run.average.eval()
     with torch.no_grad():
-        velocity = network(theta.cos() * rows + theta.sin() * noise, network.embed(t))
+        velocity = network(theta.cos() * rows[:, : run.dim] + theta.sin() * noise, run.embed(network, t, rows))
     return {"rows": run.held_out[::every], "velocity": velocity}
 
 

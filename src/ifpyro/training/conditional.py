@@ -140,13 +140,15 @@ def fit_conditional(
     )
     few, few_c = (pairs.held_out, pairs.held_out_c) if len(held_out) >= 32 else (pairs.x, pairs.c)
     count = affordable(MEASURED, flow)
-    measured = flow.given(few_c[:count])
+    measured = flow.given(_as_given(few_c[:count], pairs.conditions))
     choose_grid(measured, few[:count], tolerance)
     flow.grid, flow.coarse_steps = measured.grid, measured.coarse_steps
     flow.refinements = measured.refinements
     flow.report["numerics"] = measured.report["numerics"]
     spread = torch.linspace(0, len(pairs.x) - 1, min(len(pairs.x), 1024)).long()
-    flow.report["training"]["latents"] = latent_power(flow.given(pairs.c[spread]), pairs.x[spread])
+    flow.report["training"]["latents"] = latent_power(
+        flow.given(_as_given(pairs.c[spread], pairs.conditions)), pairs.x[spread]
+    )
     return flow
 
 
@@ -216,14 +218,14 @@ def _open(
             f"validation expects a fraction or a pair (x, condition) of held-out rows, got {type(validation).__name__}"
         )
     rows = chart.canonical(given_rows(validation[0], x.shape[1:], x.dtype).to(x.device))
-    own = conditions.check(
-        as_conditions(validation[1], len(rows), labels, x.dtype).to(_integers(c, labels)), x.dtype, x.device
-    )
+    own = as_conditions(validation[1], len(rows), labels, x.dtype)
+    own = conditions.check(_as_given(own, conditions), x.dtype, x.device)
     return Pairs(conditions, chart, x, c, rows, own)
 
 
-def _integers(c: Tensor, labels: bool | Sequence[int] | None) -> torch.dtype:
-    return torch.long if labels is True else c.dtype
+def _as_given(c: Tensor, conditions: Conditions) -> Tensor:
+    """Conditions as their user gives them: labels as integers."""
+    return c.long() if conditions.all_labels else c
 
 
 def _held_out(c: Tensor, conditions: Conditions, fraction: float, generator: torch.Generator) -> Tensor:
