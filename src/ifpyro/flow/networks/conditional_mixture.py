@@ -79,7 +79,7 @@ def conditional_mixture_parts(
     regression = _gain(total, free, given)  # (D, p)
     intercept = mean[free] - regression @ mean[given]
     residual = total[free][:, free] - regression @ total[given][:, free]
-    exact = Basis.frommixture_moments(intercept, residual, m)
+    exact = Basis.from_moments(intercept, residual, m)
     unit = exact.rotate(torch.eye(len(free)).to(m)) / exact.scale
     gains = torch.stack([_gain(part, free, given) for part in cov])  # (K, D, p)
     inner = torch.stack(
