@@ -11,6 +11,8 @@ from pyro import poutine
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine.runtime import _DIM_ALLOCATOR, _PYRO_STACK
 
+from flows_zoo import mixture_flow
+from ifpyro import ModelError
 from ifpyro.infer.model.batched import BatchedModel
 from ifpyro.infer.model.density import log_density_and_grad
 from ifpyro.infer.model.reparam import reparam
@@ -598,3 +600,17 @@ def test_the_order_of_handlers_around_the_model():
     twice = BatchedModel(reparam(model), (y,))
     torch.testing.assert_close(twice(q)[1], plain(q)[1])
     assert twice.sites(q).keys() == plain.sites(q).keys() == {"x_base", "x"}
+
+
+@pytest.mark.parametrize("flow_dtype", [torch.float32, torch.float64])
+def test_a_model_of_another_dtype_than_its_flow_is_told_so(flow_dtype):
+    flow = mixture_flow(2, flow_dtype)
+    other = torch.float64 if flow_dtype == torch.float32 else torch.float32
+    matrix = torch.eye(2, dtype=other)
+
+    def mixed(y):
+        x = pyro.sample("x", flow.prior())
+        pyro.sample("y", dist.Normal(x @ matrix, 0.5).to_event(1), obs=y)
+
+    with pytest.raises(ModelError, match=rf"mixes dtypes .*'x_base' {flow_dtype}, .*flow\.to\(torch\.float32\)"):
+        BatchedModel(mixed, (torch.zeros(2, dtype=other),))

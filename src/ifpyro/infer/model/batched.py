@@ -25,7 +25,7 @@ from ...core.randomness import alone, seeded
 from ...flow.flow import InflationaryFlow
 from .density import BatchedDensity
 from .enumeration import sum_out
-from .examine import Enumerated, Model, Scan, check_arguments, scan
+from .examine import Enumerated, Model, Scan, check_arguments, is_about_dtypes, scan
 from .probe import collect_probes
 from .reparam import reparam
 from .rows import find_rows
@@ -344,6 +344,8 @@ def _scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
 
 def _mend(reason: str) -> str:
     """What to write instead in a model that no batch of draws can pass through."""
+    if is_about_dtypes(reason):
+        return "Give the model's own tensors the dtype of its flow priors (tensor.to(flow.dtype))"
     if "branches on latent values" in reason:
         return "Write torch.where(condition, a, b) in place of the branch, and keep latent values as tensors"
     if "in-place" in reason or "inplace" in reason:

@@ -179,8 +179,13 @@ def scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scan:
     """Run the model from the prior and return what was found first, or raise what is wrong with it."""
     found, *others = (Scan() for _ in range(_VALIDATED_DRAWS))
     for scanner in (found, *others):
-        with scanner:
-            model(*args, **kwargs)
+        try:
+            with scanner:
+                model(*args, **kwargs)
+        except RuntimeError as error:
+            if not is_about_dtypes(str(error)):
+                raise
+            raise ModelError(_mixed(str(error), scanner.layout)) from error
     missing = [f"argument {k + 1}" for k, value in enumerate(args) if value is None]
     missing += [name for name, value in kwargs.items() if value is None]
     if missing and not found.observes:
@@ -195,6 +200,21 @@ def scan(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Scan:
             "nothing to infer; give at least one site without obs."
         )
     return found
+
+
+def is_about_dtypes(message: str) -> bool:
+    """Whether an error of torch's says that tensors of two dtypes met."""
+    return "dtype" in message or "scalar type" in message
+
+
+def _mixed(message: str, layout: Layout) -> str:
+    drawn = ", ".join(f"{name!r} {site.dtype}" for name, site in layout.latents.items())
+    return (
+        f"the model mixes dtypes ({message.strip().splitlines()[0]}). Its latent sites are {drawn or 'not reached'}, "
+        f"and torch's default dtype is {torch.get_default_dtype()}. Give the model's own tensors the dtype of its flow "
+        "priors (tensor.to(flow.dtype)), or the flow that of the model: flow.to(torch.float32), or ifpyro.fit(..., "
+        "dtype=torch.float32)"
+    )
 
 
 def check_reproducible(runner: Runner, q: Tensor) -> None:
