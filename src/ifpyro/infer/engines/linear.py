@@ -1,205 +1,219 @@
-r"""Posterior of a flow prior under a linear observation with Gaussian noise, by noising and denoising in turn.
+"""The posterior of a flow prior under a linear observation with Gaussian noise, ``y = A x + e``: in-painting, missing
+entries, deblurring, tomography.
 
-For ``y = A x + sigma e``, such as in-painting, deblurring or tomography. An auxiliary noised ``x_eta = x + eta n``
-whose noise is part of the observation's makes both conditionals easy (split Gibbs sampling; Vono, Dobigeon & Chainais
-2019; with a diffusion prior Wu et al. 2024). With ``kappa = 1 / |A|``, ``eta = kappa sigma``,
-
-.. math::
-
-    x_\eta \mid x, y &= u + \kappa^2 A^T (y + e' - A u), \qquad u = x + \eta n, \quad
-                       e' \sim N(0, \sigma^2 (I - \kappa^2 A A^T)), \\
-    x \mid x_\eta &\quad \text{drawn by the diffusion's own reverse process, from noise } \eta \text{ to none.}
-
-The invariant law of ``x`` is the posterior itself, not a relaxation of it: no gradient is taken, nothing is tuned, and
-a sweep costs one short reverse process. Sweeps begin with more noise and anneal: at ``sigma' > sigma`` they sample the
-posterior tempered with ``beta = (sigma / sigma')^2``, and where noise hides all structure one sweep forgets everything.
-
-Later sweeps forget less: along a direction that nothing is seen of, in which the posterior has standard deviation
-``s``, one at noise ``eta`` keeps ``s^2 / (s^2 + eta^2)`` of a deviation, so that hidden pixels walk in steps of
-``eta``. There are therefore several sweeps at the last levels, and ``x_eta``, whose law given ``x`` and ``y`` is
-Gaussian, is over-relaxed (Adler 1981): it lands on the other side of its mean, which leaves its law as it is and lets
-the walk keep its direction,
-
-.. math:: x_\eta' = \mu(x) - \rho\, (x_\eta - \mu(x)) + \sqrt{1 - \rho^2}\, (\text{fresh noise of } x_\eta \mid x, y).
-
-The prior is that of the stochastic reverse process with the flow's network: the flow's own, as far as network and
-steps are exact.
-
-Where the posterior has well separated modes, a draw stays in that to which annealing brought it, and the modes' weights
-can be far off (``benchmarks/truth_mixture.py`` measures it): :class:`ifpyro.SMC` is for those.
+Up to 32 axes the draws are those of the flow's own posterior, up to the Monte Carlo error of their number, at any noise:
+importance sampling, or tempered SMC where that does not suffice, from the posterior of the flow's Gaussian or from the
+prior, whichever is nearer (:mod:`ifpyro.infer.engines.linear_densities`). Beyond, where a log-density costs too much, they
+come from the stochastic reverse process (:mod:`ifpyro.infer.engines.linear_reverse`), which is exact for a Gaussian flow
+alone. The result says which it was.
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...core.precision import full_precision
+from ...core.arguments import check_count, check_fraction
 from ...flow.flow import InflationaryFlow
+from .linear_densities import AGREEMENT, SURROGATES, FromGaussian, FromPrior
+from .linear_observation import LinearObservation
+from .linear_reverse import reverse_process
+from .smc import SMC
+from .tempering import effective_fraction, systematic_resample
 
-_NODES = 4097
-_ANNEALING = 0.5  # ratio of neighbouring noise levels far above the final one
-_NEAR = 2  # octaves above the final noise in which a sweep does not forget where it started: there are
-_SWEEPS = 10  # in each of them
-_OVER = 0.7  # over-relaxation: nearer 1 walks on for longer, but then directions that forget at once swing for longer
+EXACT_UP_TO = 32
+"""Axes up to which draws are exact by default: a minute for one observation, at most."""
+
+PARTICLES = 256
+"""Least number of draws from which those asked for are resampled."""
+
+ISLANDS = 4
+MOST_PER_PARTICLE = 64
+"""Most draws of the reference for each particle: they need no gradients, and so many cost less than tempering."""
+
+LITTLE_LEARNED = 300.0
+"""Standard deviation of the log-likelihood over the prior, in nats, up to which tempering from the prior is quicker."""
+
+_MATCHED = 64  # draws on which a surrogate is compared with the flow
 
 
-@dataclass(frozen=True)
-class _Level:
-    """One noise level: the same standard deviation ``eta`` on all axes, in the flow's angles."""
+class LinearDraws(Tensor):
+    """Draws of :func:`linear_posterior`: a tensor ``(*batch, draws, *event_shape)`` that knows how it was made.
 
-    eta: float
-    embedding: Tensor
-    cos: Tensor
-    sin: Tensor
+    What is computed from it is a plain tensor.
+
+    Attributes:
+        exact: whether the draws are those of the flow's posterior up to Monte Carlo error; if not, they are those of an
+            approximation whose error no number of draws removes.
+        method: how they were made, in words.
+        log_evidence: ``log p(y)`` under the flow for every observation, ``(*batch,)``; None where it is not known.
+    """
+
+    exact: bool
+    method: str
+    log_evidence: Tensor | None
+
+    @classmethod
+    def of(cls, draws: Tensor, exact: bool, method: str, log_evidence: Tensor | None = None) -> "LinearDraws":
+        """The draws with what is known of them."""
+        made = draws.as_subclass(cls)
+        made.exact, made.method, made.log_evidence = exact, method, log_evidence
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """As for any tensor, with a plain tensor as the result."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
-@full_precision()
 def linear_posterior(
     flow: InflationaryFlow,
-    operator: Tensor,
-    y: Tensor,
-    sd: float,
+    operator: Any,
+    y: Any,
+    sd: Any,
     *,
+    adjoint: Any = None,
     draws: int = 64,
-    sweeps: int = 20,
+    exact: bool | None = None,
+    sweeps: int = 10,
     ratio: float = 0.75,
-    start: Tensor | None = None,
     seed: int = 0,
     batch_size: int = 256,
     progress: bool = True,
-) -> Tensor:
-    r"""Independent draws of ``x ~ flow`` given ``y ~ Normal(A x, sd)``.
+) -> LinearDraws:
+    r"""Draws of ``x ~ flow`` given ``y ~ Normal(A x, sd)``.
 
     Args:
-        flow: a flow with the same noise on every axis (``Schedule.details_first(power=1)``), on real data.
-        operator: ``A``, shape ``(m, D)``, on the flattened event.
-        y: observations, ``(m,)``, or ``(*batch, m)``: several are cheaper together than one after the other.
-        sd: standard deviation ``sigma`` of the noise.
-        draws: number of draws for each observation; each is a chain of its own.
-        sweeps: at the final noise, after annealing.
-        ratio: of neighbouring noise levels, in annealing and in the reverse process: nearer 1 is more exact.
-        start: where the chains begin, ``(*batch, draws, *event_shape)``, such as draws of an earlier call that are to
-            go on or draws of another sampler: all sweeps are then at the final noise. By default nowhere, with
-            annealing.
-        seed: of all randomness.
-        batch_size: most rows denoised at once.
-        progress: show a progress bar over sweeps.
+        flow: a flow on real data.
+        operator: ``A``: a matrix ``(m, D)`` on the flattened event, an array or tensor of any number type; a boolean mask
+            of the event's shape, True where an entry is seen; or a linear callable from events ``(n, *event_shape)`` to
+            observations ``(n, *observed_shape)``.
+        y: observations, ``(*batch, m)``, or ``(*batch, *observed_shape)``: any number of them. With a mask also whole
+            events, whose hidden entries may be anything.
+        sd: standard deviation of the noise, a positive number or one for every entry of ``y``.
+        adjoint: the transpose of a callable operator, from observations to events; autograd's by default.
+        draws: number of draws for each observation.
+        exact: True for draws of the flow's own posterior, which take ``D`` products of the network's Jacobian an
+            evaluation; False for the approximate reverse process, some hundred evaluations a draw. By default exact up
+            to 32 axes.
+        sweeps: of the reverse process, how often a noise level is noised and denoised: more come nearer to the posterior.
+        ratio: of the reverse process, between neighbouring noise levels, below 1: nearer 1 comes nearer.
+        seed: of all randomness; the same seed gives the same draws.
+        batch_size: most rows that the network sees at once; bounds memory.
+        progress: show a progress bar, over observations or noise levels.
 
     Returns:
-        ``(*batch, draws, *event_shape)``.
+        ``(*batch, draws, *event_shape)``, a tensor with attributes: ``exact``, ``method``, ``log_evidence`` (see
+        :class:`LinearDraws`). Draws of an observation come from one population: they are equally weighted, and nearly
+        independent.
 
     Raises:
-        ValueError: on shapes that do not fit, a flow with a support or unequal noise, or numbers out of range.
+        TypeError: on an operator that is neither numbers, nor a mask, nor callable.
+        ValueError: on shapes that do not fit, noise that is not positive, an operator that is not linear, a flow with a
+            support, or numbers out of range.
+
+    Example:
+        >>> seen = ~x[0].isnan()  # a row of a table with gaps
+        >>> ifpyro.linear_posterior(flow, seen, x[0], sd=0.01).mean(0)
     """
-    _check(flow, operator, y, sd, draws, sweeps, ratio)
-    if start is not None and start.shape != (*y.shape[:-1], draws, *flow.event_shape):
-        raise ValueError(
-            f"linear_posterior expects start of shape {(*y.shape[:-1], draws, *flow.event_shape)}, one event for each "
-            f"of {draws} draws, got {tuple(start.shape)}"
-        )
-    batch, dim = y.shape[:-1], flow.latent_dim
+    draws, sweeps = check_count("draws", draws, 1), check_count("sweeps", sweeps, 1)
+    ratio, batch_size = check_fraction("ratio", ratio), check_count("batch_size", batch_size, 1)
+    exact = _is_exact(flow, exact)
+    seen = LinearObservation.read(flow, operator, y, sd, adjoint)
     generator = torch.Generator(flow.device).manual_seed(seed)
-    target = y.reshape(-1, 1, y.shape[-1]).expand(-1, draws, -1).reshape(-1, y.shape[-1])
-    squares, axes = torch.linalg.eigh(operator.double() @ operator.double().T)
-    kappa = float(squares.max()) ** -0.5
-    left = (1 - kappa**2 * squares).clamp(min=0).sqrt().to(y)  # of I - kappa^2 A A^T, on these axes
-    axes = axes.to(y)
+    shape = (*seen.batch, draws, *flow.event_shape)
+    if not exact:
+        x = reverse_process(
+            flow,
+            seen,
+            draws=draws,
+            sweeps=sweeps,
+            ratio=ratio,
+            generator=generator,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        method = f"reverse process, {sweeps} sweeps, noise levels a factor {ratio:g} apart"
+        return LinearDraws.of(x.to(flow.dtype).reshape(shape), False, method)
+    found, evidence, methods = [], [], set()
+    for row in tqdm(seen.y, disable=not progress, desc="observations"):
+        x, log_evidence, method = _posterior(flow, seen._replace(y=row[None]), draws, generator, batch_size)
+        found.append(x)
+        evidence.append(log_evidence)
+        methods.add(method)
+    x = torch.stack(found) if found else torch.empty(0)
+    log_evidence = torch.tensor(evidence, dtype=torch.double).reshape(seen.batch)
+    return LinearDraws.of(x.to(flow.dtype).reshape(shape), True, "; ".join(sorted(methods)), log_evidence)
 
-    ladder, last = _ladder(flow, kappa * sd, ratio)
-    plan = [*(_annealing(last, ratio) if start is None else []), *([last] * sweeps)]
 
-    def normal(shape: torch.Size) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=y.dtype, device=y.device)
+def _posterior(
+    flow: InflationaryFlow, seen: LinearObservation, draws: int, generator: torch.Generator, batch_size: int
+) -> tuple[Tensor, float, str]:
+    """Flattened draws ``(draws, D)`` given one observation, its log-evidence, and how they were made."""
+    particles = ISLANDS * math.ceil(max(draws, PARTICLES) / ISLANDS)
+    seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
+    start = _start(flow, seen, particles, generator, batch_size)
 
-    x = flow.basis.from_standard(normal(torch.Size([len(target), dim]))) if start is None else start.reshape(-1, dim)
-    noised, before = x, -1
+    def run() -> tuple[SMC, Tensor, Tensor]:
+        sampler = SMC(
+            start, particles, num_islands=ISLANDS, prior_draws=MOST_PER_PARTICLE, seed=seed, progress=False
+        ).run()
+        q = sampler.positions().flatten(0, 1)
+        log_weight = sampler.island_log_evidence.repeat_interleave(particles // ISLANDS)
+        if isinstance(start, FromGaussian) and start.evaluations is not None:
+            with torch.no_grad():
+                gap = start.log_ratio(q, None).double() - start(q)[1].double()
+            log_weight = log_weight + gap.nan_to_num(-torch.inf)
+        return sampler, q, log_weight
+
+    sampler, q, log_weight = run()
+    if isinstance(start, FromGaussian) and float(effective_fraction(log_weight)) < AGREEMENT / 2:
+        start.evaluations = None
+        sampler, q, log_weight = run()
+    index = systematic_resample(log_weight[None], generator, draws)[0]
+    index = index[torch.randperm(draws, generator=generator, device=index.device)]
     with torch.no_grad():
-        for k in tqdm(plan, disable=not progress, desc="noise and denoise"):
-            mean = x + kappa**2 * (target - x @ operator.T) @ operator
-            fresh = ladder[k].eta * normal(x.shape)
-            noise = (normal(target.shape) * left) @ axes.T * (ladder[k].eta / kappa)
-            fresh = fresh + kappa**2 * (noise - fresh @ operator.T) @ operator
-            if k == before:
-                fresh = _OVER * (mean - noised) + math.sqrt(1 - _OVER**2) * fresh
-            noised, before = mean + fresh, k
-            x = torch.cat([_denoise(flow, rows, ladder[k:], generator) for rows in noised.split(batch_size)])
-    return x.reshape(*batch, draws, *flow.event_shape)
+        x = start.events(q[index])
+    log_evidence = float(log_weight.logsumexp(0)) - math.log(particles)
+    how = "importance sampling" if sampler.stages[-1].moves == 0 else "tempered SMC"
+    origin = "the Gaussian's posterior" if isinstance(start, FromGaussian) else "the prior"
+    return x, log_evidence + start.log_reference, f"{how} from {origin}"
 
 
-def _annealing(last: int, ratio: float) -> list[int]:
-    """Levels of the sweeps before those at the final noise."""
-    stride = max(1, round(math.log(_ANNEALING) / math.log(ratio)))
-    near = max(0, last - round(_NEAR * math.log(2) / -math.log(ratio)))
-    repeats = max(1, round(_SWEEPS * -math.log2(ratio)))
-    return [*range(0, near, stride), *(k for k in range(near, last) for _ in range(repeats))]
+def _start(
+    flow: InflationaryFlow, seen: LinearObservation, particles: int, generator: torch.Generator, batch_size: int
+) -> FromGaussian | FromPrior:
+    """The nearer reference, as far as draws of both tell."""
+    near, far = FromGaussian(flow, seen, batch_size), FromPrior(flow, seen, batch_size)
+    with torch.no_grad():
+        q = near.sample_prior(particles, generator)
+        near.evaluations = SURROGATES[-1]
+        log_ratio = near(q)[1]
+        chosen = systematic_resample(log_ratio.nan_to_num(-torch.inf)[None], generator, _MATCHED)[0]
+        near.match(q[chosen])
+        log_likelihood = far(far.sample_prior(particles, generator))[1]
+    shares = [float(effective_fraction(w.nan_to_num(-torch.inf))) for w in (log_ratio, log_likelihood)]
+    enough = 2 / MOST_PER_PARTICLE
+    if max(shares) >= enough:
+        return near if shares[0] >= shares[1] else far
+    return far if float(log_likelihood.std()) < LITTLE_LEARNED else near
 
 
-def _denoise(flow: InflationaryFlow, x: Tensor, ladder: list[_Level], generator: torch.Generator) -> Tensor:
-    """Draws of the data given data with noise of the ladder's first level: the reverse process down the ladder.
-
-    Means are exact at any step. The variance takes that of ``x_0`` given the state from the identity ``E[(target -
-    F)^2] = 1 - E[F^2]`` on every axis, averaged over rows.
-    """
-    basis, evaluated = flow.basis, flow.evaluated_velocity()
-    state = basis.to_standard(x) * ladder[0].cos
-    for now, after in zip(ladder, [*ladder[1:], None], strict=True):
-        velocity = evaluated(state, now.embedding)
-        clean = now.cos * state + now.sin * velocity
-        spread = now.sin.square() * (1 - velocity.square().mean(0)).clamp(0.02, 1)
-        xi = torch.randn(state.shape, generator=generator, dtype=x.dtype, device=x.device)
-        if after is None:
-            return basis.from_standard(clean + spread.sqrt() * xi)
-        keep = (after.eta / now.eta) ** 2
-        tangent = after.sin / after.cos
-        mean = (1 - keep) * clean + keep * state / now.cos
-        variance = (1 - keep) ** 2 * spread + (1 - keep) * tangent.square()
-        state = after.cos * (mean + variance.sqrt() * xi)
-    raise AssertionError("unreachable: a ladder has a last level")
-
-
-def _ladder(flow: InflationaryFlow, sd: float, ratio: float) -> tuple[list[_Level], int]:
-    """Noise levels a factor ``ratio`` apart, and the index of ``sd`` among them: from twice the data's largest scale to
-    the noise floor, or to where all that is left to resolve lies below a fifth of the smallest scale."""
-    scale, t = flow.basis.scale.double(), torch.linspace(0, 1, _NODES, dtype=torch.double, device=flow.device)
-    log_eta = torch.log(scale[0] * flow.angles(t)[:, 0].tan())
-    low = max(float(log_eta[0]), math.log(0.2 * float(scale.min())))
-    high = min(float(log_eta[-1]), math.log(2 * float(scale.max())))
-    step = -math.log(ratio)
-    centre = min(max(math.log(sd), low), high)
-    up, down = int((high - centre) / step), int((centre - low) / step)
-    wanted = centre + step * torch.arange(up, -down - 1, -1, dtype=torch.double, device=flow.device)
-    right = torch.searchsorted(log_eta, wanted).clamp(1, _NODES - 1)
-    share = (wanted - log_eta[right - 1]) / (log_eta[right] - log_eta[right - 1])
-    times = t[right - 1] + share.clamp(0, 1) * (t[right] - t[right - 1])
-    theta, embedding = flow.angles(times), flow.velocity.embed(times)
-    eta = (scale[0] * theta[:, 0].tan()).tolist()
-    cos, sin = theta.cos().to(flow.basis.scale), theta.sin().to(flow.basis.scale)
-    return [_Level(*parts) for parts in zip(eta, embedding, cos, sin, strict=True)], up
-
-
-def _check(flow: Any, operator: Tensor, y: Tensor, sd: float, draws: int, sweeps: int, ratio: float) -> None:
-    dim = flow.latent_dim
+def _is_exact(flow: InflationaryFlow, exact: bool | None) -> bool:
+    """Whether draws are to be exact, refused where they cannot be."""
+    if not isinstance(flow, InflationaryFlow):
+        raise TypeError(f"linear_posterior expects a flow, got {type(flow).__name__}; train one with ifpyro.fit")
     if flow.bijection() is not None:
-        raise ValueError("linear_posterior expects a flow on real data: y is linear in the data themselves")
-    if operator.ndim != 2 or operator.shape[1] != dim or y.shape[-1:] != operator.shape[:1]:
         raise ValueError(
-            f"linear_posterior expects an operator of shape (m, {dim}) and y of shape (*batch, m), got "
-            f"{tuple(operator.shape)} and {tuple(y.shape)}"
+            "linear_posterior expects a flow on real data: y is linear in the data themselves, which have a support; "
+            "use ifpyro.SMC with a Pyro model"
         )
-    if not (sd > 0 and 0 < ratio < 1 and draws >= 1 and sweeps >= 1):
+    if exact and flow.latent_dim > flow.exact_up_to:
         raise ValueError(
-            f"linear_posterior expects sd > 0, 0 < ratio < 1, draws >= 1 and sweeps >= 1, got sd={sd}, ratio={ratio}, "
-            f"draws={draws}, sweeps={sweeps}"
+            f"exact=True expects a flow whose log-density is exact, of at most {flow.exact_up_to} axes, got "
+            f"{flow.latent_dim}; use ifpyro.SMC with a Pyro model, or raise flow.exact_up_to"
         )
-    middle = torch.tensor([0.5], dtype=torch.double)
-    eta = (flow.basis.scale.double().cpu() * flow.basis.unit.double().cpu()) * flow.angles(middle)[0].tan()
-    if not torch.allclose(eta, eta[:1], rtol=1e-4, atol=0.0):
-        raise ValueError(
-            "linear_posterior expects a flow that puts the same noise on every axis and column, got noise between "
-            f"{float(eta.min()):.3g} and {float(eta.max()):.3g} at half time; train it with "
-            "Schedule.details_first(power=1) and own_units=False"
-        )
+    return flow.latent_dim <= min(EXACT_UP_TO, flow.exact_up_to) if exact is None else exact
