@@ -39,7 +39,6 @@ COUNT = {"8-colour": 7, "16": 1}  # the first so many of them
 GRIDS: dict[str, dict[str, Any]] = {
     "16": {"steps": 6, "method": "midpoint"}
 }  # of the solver; by default those that training chose
-SWEEPS = 40  # from SMC's particles
 VERDICT = {
     "8-colour": (
         "Both have converged, each to its own answer: SMC's islands agree, and chains of the other go back to where "
@@ -86,7 +85,7 @@ def smc(name: str, quick: bool) -> Iterator[str]:
     yield ""
     yield "| task | ratio | means differ by | chance alone | sd over SMC's | R-hat | log evidence's sd | temperatures |"
     yield "|---|---|---|---|---|---|---|---|"
-    scores, restarts, shown = [], "", {}
+    scores, shown = [], {}
     for task in tasks(kind.size):
         x, y = (rows[:count] for rows in observed(name, task, PART, PATCHES))
         whole, x = x, x[:, task.scored]
@@ -106,14 +105,10 @@ def smc(name: str, quick: bool) -> Iterator[str]:
             found = " | ".join(agreement(ours, theirs))
             yield f"| {task.name} | {ratio} | {found} | {rhat:.2f} | {spread:.1f} | {temperatures:.0f} |"
             scores.append(f"| {task.name} | `linear_posterior`, {ratio} | {score(x, theirs)} | {seconds:.1f} |")
-        if task.name == "in-painting":
-            restarts = restarted(flow, task, y, by_smc, theirs, ratio)
     yield ""
     yield "| task | draws by | 90% covers | CRPS | s |"
     yield "|---|---|---|---|---|"
     yield from scores
-    yield ""
-    yield restarts
     yield ""
     if not quick:
         show_patches(shown, kind.size)
@@ -146,22 +141,6 @@ def between_islands(draws: Tensor, log_evidence: Tensor) -> tuple[float, float]:
     """
     rhat = np.median([np.median(convergence({"x": patch})["x"]["r_hat"]) for patch in draws])
     return float(rhat), float(log_evidence.std(1).median())
-
-
-def restarted(
-    flow: ifpyro.InflationaryFlow, task: Task, y: Tensor, by_smc: list[Found], theirs: Tensor, ratio: float
-) -> str:
-    """Where chains of ``linear_posterior`` go that start from SMC's particles."""
-    starts = torch.stack([found.draws.flatten(0, 1) for found in by_smc]).unflatten(-1, flow.event_shape)
-    options = {"draws": starts.shape[1], "sweeps": SWEEPS, "ratio": ratio, "seed": 2, "batch_size": DRAWS}
-    end = ifpyro.linear_posterior(flow, task.operator, y, NOISE, start=starts, progress=False, **options)
-    end = end.flatten(2)[..., task.scored]
-    ours = torch.stack([found.draws for found in by_smc])[..., task.scored]
-    return (
-        f"Chains of `linear_posterior` (ratio {ratio}) that start from SMC's particles are, after {SWEEPS} sweeps at "
-        f"the final noise, {apart(ours, end)} of SMC's standard deviations from SMC's means, and "
-        f"{apart(ours, end, theirs)} from those of its own chains, which came from annealing."
-    )
 
 
 def first_patch(task: Task, truth: Tensor, y: Tensor, ours: Tensor, theirs: Tensor) -> dict[str, Tensor]:
@@ -199,14 +178,6 @@ def particles(
         columns = {"draws": found.draws.numpy(), "log_evidence": found.log_evidence.numpy()}
         np.savez(path, **columns, temperatures=found.temperatures, seconds=found.seconds)
     return found
-
-
-def apart(ours: Tensor, there: Tensor, other: Tensor | None = None) -> str:
-    """Root mean square distance of the means of ``there`` from those of ``other`` or ours, in our standard
-    deviations."""
-    ours = ours.flatten(1, 2)
-    distance = (there.mean(1) - (ours if other is None else other).mean(1)) / ours.std(1)
-    return f"{float(distance.square().mean().sqrt()):.2f}"
 
 
 def agreement(ours: Tensor, theirs: Tensor) -> list[str]:

@@ -1,11 +1,11 @@
 """The posterior of a flow prior under a linear observation with Gaussian noise, ``y = A x + e``: in-painting, missing
 entries, deblurring, tomography.
 
-Up to 32 axes the draws are those of the flow's own posterior, up to the Monte Carlo error of their number, at any noise:
-importance sampling, or tempered SMC where that does not suffice, from the posterior of the flow's Gaussian or from the
-prior, whichever is nearer (:mod:`ifpyro.infer.engines.linear_densities`). Beyond, where a log-density costs too much, they
-come from the stochastic reverse process (:mod:`ifpyro.infer.engines.linear_reverse`), which is exact for a Gaussian flow
-alone. The result says which it was.
+Up to 32 axes the draws are those of the flow's own posterior, up to the Monte Carlo error of their number, at any
+noise: importance sampling, or tempered SMC where that does not suffice, from the posterior of the flow's Gaussian or
+from the prior, whichever is nearer (:mod:`ifpyro.infer.engines.linear_densities`). Beyond, where a log-density costs
+too much, they come from the stochastic reverse process (:mod:`ifpyro.infer.engines.linear_reverse`), which is exact for
+a Gaussian flow alone. The result says which it was.
 """
 
 import math
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ...core.arguments import check_count, check_fraction
 from ...flow.flow import InflationaryFlow
-from .linear_densities import AGREEMENT, SURROGATES, FromGaussian, FromPrior
+from .linear_densities import AGREEMENT, FromGaussian, FromPrior
 from .linear_observation import LinearObservation
 from .linear_reverse import reverse_process
 from .smc import SMC
@@ -36,6 +36,7 @@ MOST_PER_PARTICLE = 64
 LITTLE_LEARNED = 300.0
 """Standard deviation of the log-likelihood over the prior, in nats, up to which tempering from the prior is quicker."""
 
+_PILOT = 16  # evaluations with which the references are compared
 _MATCHED = 64  # draws on which a surrogate is compared with the flow
 
 
@@ -81,16 +82,16 @@ def linear_posterior(
     sweeps: int = 10,
     ratio: float = 0.75,
     seed: int = 0,
-    batch_size: int = 256,
+    batch_size: int = 1024,
     progress: bool = True,
 ) -> LinearDraws:
     r"""Draws of ``x ~ flow`` given ``y ~ Normal(A x, sd)``.
 
     Args:
         flow: a flow on real data.
-        operator: ``A``: a matrix ``(m, D)`` on the flattened event, an array or tensor of any number type; a boolean mask
-            of the event's shape, True where an entry is seen; or a linear callable from events ``(n, *event_shape)`` to
-            observations ``(n, *observed_shape)``.
+        operator: ``A``: a matrix ``(m, D)`` on the flattened event, an array or tensor of any number type; a boolean
+            mask of the event's shape, True where an entry is seen; or a linear callable from events ``(n,
+            *event_shape)`` to observations ``(n, *observed_shape)``.
         y: observations, ``(*batch, m)``, or ``(*batch, *observed_shape)``: any number of them. With a mask also whole
             events, whose hidden entries may be anything.
         sd: standard deviation of the noise, a positive number or one for every entry of ``y``.
@@ -99,7 +100,8 @@ def linear_posterior(
         exact: True for draws of the flow's own posterior, which take ``D`` products of the network's Jacobian an
             evaluation; False for the approximate reverse process, some hundred evaluations a draw. By default exact up
             to 32 axes.
-        sweeps: of the reverse process, how often a noise level is noised and denoised: more come nearer to the posterior.
+        sweeps: of the reverse process, how often a noise level is noised and denoised: more come nearer to the
+            posterior.
         ratio: of the reverse process, between neighbouring noise levels, below 1: nearer 1 comes nearer.
         seed: of all randomness; the same seed gives the same draws.
         batch_size: most rows that the network sees at once; bounds memory.
@@ -144,9 +146,9 @@ def linear_posterior(
         found.append(x)
         evidence.append(log_evidence)
         methods.add(method)
-    x = torch.stack(found) if found else torch.empty(0)
-    log_evidence = torch.tensor(evidence, dtype=torch.double).reshape(seen.batch)
-    return LinearDraws.of(x.to(flow.dtype).reshape(shape), True, "; ".join(sorted(methods)), log_evidence)
+    x = torch.stack(found) if found else torch.empty(0, device=flow.device)
+    evidences = torch.tensor(evidence, dtype=torch.double).reshape(seen.batch)
+    return LinearDraws.of(x.to(flow.dtype).reshape(shape), True, "; ".join(sorted(methods)), evidences)
 
 
 def _posterior(
@@ -155,7 +157,7 @@ def _posterior(
     """Flattened draws ``(draws, D)`` given one observation, its log-evidence, and how they were made."""
     particles = ISLANDS * math.ceil(max(draws, PARTICLES) / ISLANDS)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
-    start = _start(flow, seen, particles, generator, batch_size)
+    start = _start(flow, seen, generator, batch_size)
 
     def run() -> tuple[SMC, Tensor, Tensor]:
         sampler = SMC(
@@ -184,17 +186,17 @@ def _posterior(
 
 
 def _start(
-    flow: InflationaryFlow, seen: LinearObservation, particles: int, generator: torch.Generator, batch_size: int
+    flow: InflationaryFlow, seen: LinearObservation, generator: torch.Generator, batch_size: int
 ) -> FromGaussian | FromPrior:
     """The nearer reference, as far as draws of both tell."""
     near, far = FromGaussian(flow, seen, batch_size), FromPrior(flow, seen, batch_size)
     with torch.no_grad():
-        q = near.sample_prior(particles, generator)
-        near.evaluations = SURROGATES[-1]
+        q = near.sample_prior(PARTICLES, generator)
+        near.evaluations = _PILOT
         log_ratio = near(q)[1]
         chosen = systematic_resample(log_ratio.nan_to_num(-torch.inf)[None], generator, _MATCHED)[0]
         near.match(q[chosen])
-        log_likelihood = far(far.sample_prior(particles, generator))[1]
+        log_likelihood = far(far.sample_prior(PARTICLES, generator))[1]
     shares = [float(effective_fraction(w.nan_to_num(-torch.inf))) for w in (log_ratio, log_likelihood)]
     enough = 2 / MOST_PER_PARTICLE
     if max(shares) >= enough:

@@ -1,7 +1,7 @@
 r"""Two views of the posterior of a flow prior under a linear Gaussian observation, as densities for the engines.
 
-**From the Gaussian.** In standardised coordinates ``v`` the flow's Gaussian is ``N(0, I)`` and the observation ``y = b +
-A v + e``. The Gaussian's own posterior is known,
+**From the Gaussian.** In standardised coordinates ``v`` the flow's Gaussian is ``N(0, I)`` and the observation ``y =
+b + A v + e``. The Gaussian's own posterior is known,
 
 .. math:: v = m + L q, \qquad q \sim N(0, I), \qquad L L^T = (I + A^T \Sigma^{-1} A)^{-1},
 
@@ -25,7 +25,6 @@ from torch import Tensor
 from ...core.precision import full_precision
 from ...flow.flow import InflationaryFlow
 from ...flow.networks.velocity import Velocity
-from ...flow.solver.discrete_map import solve_to_latent
 from ...flow.solver.fidelity import Evaluations, current_fidelity
 from ...flow.solver.grid import cheap_grid
 from ...flow.solver.steps import Trace, take_with_traces, velocity_and_jacobian
@@ -112,7 +111,7 @@ class FromGaussian:
     @full_precision()
     def _log_ratio(self, v: Tensor, evaluations: int | None) -> Tensor:
         if evaluations is None:
-            z, log_det = solve_to_latent(self.flow, v, True)
+            z, log_det = self.flow.map.to_latent(v, log_det=True)
         else:
             z, log_det = self._quadrature(v, evaluations)
         return 0.5 * (v.square() - z.square()).sum(-1) - log_det
@@ -121,7 +120,7 @@ class FromGaussian:
         """The latent, and ``log|det dv/dz|``, of the equation: no map is inverted, and divergences are summed."""
         velocity, z, log_det = self.flow.evaluated_velocity(), v, v.new_zeros(len(v))
         trace = _exact_trace(velocity)
-        for step in self.flow.solver(v, cheap_grid(evaluations, self.flow.grid)).to_latent:
+        for step in self.flow.map.steps(v, cheap_grid(evaluations, self.flow.grid)).to_latent:
             z, traces = take_with_traces(step, z, trace)
             log_det = log_det - traces[0]
         return z, log_det

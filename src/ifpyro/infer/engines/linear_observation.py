@@ -57,8 +57,8 @@ def _array(flow: InflationaryFlow, operator: Any) -> tuple[Rows, Rows, torch.Siz
     """Both directions, the shape of one ``y``, and the mask if the operator is one."""
     dim = flow.latent_dim
     try:
-        given = operator.detach() if isinstance(operator, Tensor) else torch.as_tensor(np.asarray(operator))
-        given = (given.to_dense() if given.layout != torch.strided else given).to(flow.device)
+        given = _numbers(operator).to(flow.device)
+        given = given.to_dense() if given.layout != torch.strided else given
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(
             f"operator expects a matrix (m, {dim}), a boolean mask of shape {tuple(flow.event_shape)} or a callable, "
@@ -88,6 +88,16 @@ def _array(flow: InflationaryFlow, operator: Any) -> tuple[Rows, Rows, torch.Siz
     if not bool(matrix.isfinite().all()):
         raise ValueError("operator expects finite numbers, got NaN or infinity among them")
     return lambda x: x @ matrix.T, lambda r: r @ matrix, torch.Size([len(matrix)]), None
+
+
+def _numbers(value: Any) -> Tensor:
+    """Numbers of any type as a tensor: masked entries of numpy's arrays as NaN, bytes in the machine's order."""
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, np.ma.MaskedArray):
+        value = np.ma.filled(value.astype(np.float64), np.nan)
+    array = np.asarray(value)
+    return torch.as_tensor(array.astype(array.dtype.newbyteorder("=")))
 
 
 def _callable(
@@ -129,7 +139,7 @@ def _callable(
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(2, flow.latent_dim, generator=generator, dtype=torch.double).to(flow.device)
     ax = forward(x)
-    together = forward((2 * x[:1] - 3 * x[1:]))
+    together = forward(2 * x[:1] - 3 * x[1:])
     if bool((together - (2 * ax[:1] - 3 * ax[1:])).norm() > _TOLERANCE * (together.norm() + ax.norm())):
         raise ValueError(
             "operator expects a linear callable, got one with operator(2 a - 3 b) other than 2 operator(a) - 3 "
@@ -147,12 +157,17 @@ def _callable(
 
 def _observed(flow: InflationaryFlow, y: Any, shape: torch.Size, mask: Tensor | None) -> tuple[Tensor, torch.Size]:
     """Observations ``(F, m)`` and the shape they came in."""
-    given = torch.as_tensor(y).detach().to(flow.device, torch.double)
-    event, whole = flow.event_shape, False
-    if given.shape[max(0, given.ndim - len(shape)) :] == shape:
-        batch = given.shape[: given.ndim - len(shape)]
-    elif mask is not None and given.shape[max(0, given.ndim - len(event)) :] == event:
-        batch, whole = given.shape[: given.ndim - len(event)], True
+    given = _numbers(y).to(flow.device, torch.double)
+    event = flow.event_shape
+    plain = given.shape[max(0, given.ndim - len(shape)) :] == shape
+    whole = mask is not None and given.shape[max(0, given.ndim - len(event)) :] == event
+    if plain and whole and event != shape:
+        raise ValueError(
+            f"y of shape {tuple(given.shape)} may be whole events {tuple(event)} or observations of {shape[0]} seen "
+            "entries each; give whole events as y[..., mask], or the operator as a matrix"
+        )
+    if plain or whole:
+        batch = given.shape[: given.ndim - len(shape if plain else event)]
     else:
         wanted = f"(*batch, {', '.join(map(str, shape))})"
         raise ValueError(
@@ -160,8 +175,8 @@ def _observed(flow: InflationaryFlow, y: Any, shape: torch.Size, mask: Tensor | 
             + (f", or whole events (*batch, {', '.join(map(str, event))})" if mask is not None else "")
             + f", got {tuple(given.shape)}"
         )
-    rows = given.reshape(batch.numel(), flow.latent_dim if whole else shape.numel())
-    rows = rows[:, mask] if whole else rows
+    rows = given.reshape(batch.numel(), shape.numel() if plain else flow.latent_dim)
+    rows = rows if mask is None or plain else rows[:, mask]
     if not bool(rows.isfinite().all()):
         raise ValueError("y expects finite numbers, got NaN or infinity; leave such entries out of the operator")
     return rows, batch
@@ -169,7 +184,7 @@ def _observed(flow: InflationaryFlow, y: Any, shape: torch.Size, mask: Tensor | 
 
 def _noise(flow: InflationaryFlow, sd: Any, shape: torch.Size) -> Tensor:
     """Standard deviations ``(m,)``."""
-    given = torch.as_tensor(sd).detach().to(flow.device, torch.double)
+    given = _numbers(sd).to(flow.device, torch.double)
     if given.ndim and given.shape not in (shape, (shape.numel(),)):
         raise ValueError(
             f"sd expects a number, or one for every entry of y, shape {tuple(shape)}, got shape {tuple(given.shape)}"

@@ -1,21 +1,22 @@
 r"""Draws of a flow prior given a linear observation, by noising and denoising from much noise to none: approximate.
 
-On the axes of the flow, a noised state is ``u = cos(theta) v + sin(theta) n`` (:mod:`ifpyro.flow.axes.schedule`), and
-the network gives the mean of ``v`` given ``u``; the identity ``E[(target - F)^2] = 1 - E[F^2]`` gives, for every axis, a
-variance,
+On the axes of the flow, a noised state is ``u = cos(theta) v + sin(theta) n`` (:mod:`ifpyro.flow.axes.schedule`),
+and the network gives the mean of ``v`` given ``u``; the identity ``E[(target - F)^2] = 1 - E[F^2]`` gives, for every
+axis, a variance,
 
 .. math:: v \mid u \approx N(\cos\theta \, u + \sin\theta \, F, \; V), \qquad V = \sin^2\theta \, (1 - E[F^2]) .
 
-Taken for a Gaussian, it meets the observation ``y = b + A v + e`` in closed form: a draw ``v'`` from it and a draw ``e'``
-of the noise give one of ``v`` given ``u`` *and* ``y``,
+Taken for a Gaussian, it meets the observation ``y = b + A v + e`` in closed form: a draw ``v'`` from it and a draw
+``e'`` of the noise give one of ``v`` given ``u`` *and* ``y``,
 
 .. math:: v = v' + V A^T (A V A^T + \Sigma)^{-1} (y + e' - b - A v'),
 
 the solution by conjugate gradients, which need products with ``A`` and ``A^T`` alone. Then ``v`` is noised anew at the
 next, lower level. The noise of the observation may be as small or as large as it likes: no level is tied to it.
 
-Exact for a Gaussian flow at any number of levels. For others the error is that of a Gaussian for ``v`` given ``u``, which
-is least at the last levels, and that draws keep the mode that the first levels gave them: not exact with any number.
+Exact for a Gaussian flow at any number of levels. For others the error is that of a Gaussian for ``v`` given ``u``,
+which is least at the last levels, and that draws keep the mode that the first levels gave them: no number of levels is
+exact.
 """
 
 import copy
@@ -132,15 +133,15 @@ def conjugate_gradients(product: Callable[[Tensor], Tensor], right: Tensor) -> T
     worst = float((size / enough).max().sqrt()) * _RESIDUAL
     if worst > _LOOSE:
         warnings.warn(
-            f"conjugate gradients left {worst:.1e} of the observation after {_ITERATIONS} steps: the noise is very small "
-            "against what the operator sees; the draws fit y less closely than sd says",
+            f"conjugate gradients left {worst:.1e} of the observation after {_ITERATIONS} steps: the noise is very "
+            "small against what the operator sees; the draws fit y less closely than sd says",
             stacklevel=5,
         )
     return x
 
 
 def _levels(flow: InflationaryFlow, ratio: float) -> Tensor:
-    """Times from where noise drowns every axis down to the noise floor, at equal steps of the mean ``log tan theta``."""
+    """Times from where noise drowns every axis to the noise floor, at equal steps of the mean ``log tan theta``."""
     t = torch.linspace(0, 1, _NODES, dtype=torch.double)
     tangent = flow.angles(t).cpu().tan()
     drowned = (tangent.amin(-1) >= _DROWNED).nonzero()

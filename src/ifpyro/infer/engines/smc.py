@@ -243,7 +243,9 @@ class SMC(Draws):
                 beta_next = next_temperature(log_likelihood, beta, self.ess_threshold, families, enough)
                 log_weight = (beta_next - beta) * log_likelihood.double()
                 log_evidence += log_weight.logsumexp(1) - math.log(rows)
-                floor += (1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / len(q)
+                floor += max(0.0, 1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / len(
+                    q
+                )  # below by rounding
                 if beta == 0.0 and beta_next == 1.0:
                     shapes = [pareto_k(row) for row in log_weight.reshape(families, -1)]
                     self.pareto_k = max((k for k in shapes if not math.isnan(k)), default=math.nan)
