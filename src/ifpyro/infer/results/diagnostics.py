@@ -37,6 +37,7 @@ NEGLIGIBLE = 1.005
 SLOWEST = 10.0
 """Longest autocorrelation time that explains an R-hat: with a longer one, fewer draws count than are asked for."""
 
+_EQUAL = 1e-5  # spread of log-weights that is rounding
 _ITERATIONS = 12
 
 
@@ -127,7 +128,7 @@ def pareto_k(log_weight: Tensor) -> float:
     """
     values = log_weight.detach().cpu().double().numpy()
     values = np.sort(values[np.isfinite(values)])
-    if len(values) < 25 or values[0] == values[-1]:
+    if len(values) < 25 or values[-1] - values[0] < _EQUAL:
         return math.nan
     size = math.ceil(min(len(values) / 5, 3 * math.sqrt(len(values))))
     cut = values[-size - 1] - values[-1]
