@@ -23,7 +23,15 @@ LEVELS = (0.5, 0.8, 0.9, 0.95)
 
 @dataclass(frozen=True)
 class Coverage:
-    """Coverage of ``S`` data sets, per level and coordinate."""
+    """Coverage of ``S`` data sets, per level and coordinate.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> truth, draws = rng.normal(size=(100, 1)), rng.normal(size=(100, 50, 1))
+        >>> result = ifpyro.calibration.coverage(truth, draws, levels=(0.5, 0.9))
+        >>> result.levels, result.covered.shape
+        (array([0.5, 0.9]), (2, 1))
+    """
 
     levels: Array
     """``(K,)``"""
@@ -76,6 +84,15 @@ def coverage(
 
     Raises:
         ValueError: for other shapes, NaN, or levels out of range.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> centre = rng.normal(size=(200, 1))  # posteriors N(centre, 1) of 200 data sets
+        >>> truth, draws = centre + rng.normal(size=(200, 1)), centre[:, None] + rng.normal(size=(200, 100, 1))
+        >>> ifpyro.calibration.coverage(truth, draws).inside
+        array([ True])
+        >>> ifpyro.calibration.coverage(truth, centre[:, None] + 0.5 * (draws - centre[:, None])).inside  # too narrow
+        array([False])
     """
     truth, draws = truth_and_draws(truth, draws)
     points, prob = check_levels(levels), check_probability("prob", prob)

@@ -28,6 +28,11 @@ def ecdf_differences(
         prob: of the simultaneous band.
         title: above all.
         columns: panels in a row.
+
+    Example:
+        >>> ranks = np.random.default_rng(0).uniform(size=(2, 100))
+        >>> figure = ifpyro.calibration.ecdf_differences(ranks, ["x[0]", "x[1]"])
+        >>> figure.savefig("ranks.png")
     """
     values = np.atleast_2d(values)
     points = grid(values.shape[1])

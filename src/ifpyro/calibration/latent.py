@@ -102,6 +102,11 @@ def latent_coverage(
 
     Raises:
         ValueError: for levels out of range, or maps whose shapes do not fit.
+
+    Example:
+        >>> result = ifpyro.calibration.latent_coverage(flow.encode, flow.decode, flow.sample(500, seed=0), num=200)
+        >>> result.mismatch < 0.01, result.data_p_value > 0.01
+        (True, True)
     """
     points, prob = check_levels(levels), check_probability("prob", prob)
     x = x if isinstance(x, Tensor) else torch.as_tensor(np.asarray(x), dtype=torch.get_default_dtype())

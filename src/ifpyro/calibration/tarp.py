@@ -89,6 +89,14 @@ def tarp(
         ValueError: for other shapes, or NaN.
 
     Distances are taken in coordinates divided by the standard deviations of the truths.
+
+    Example:
+        >>> rng = np.random.default_rng(0)
+        >>> truth, draws = rng.normal(size=(200, 3)), rng.normal(size=(200, 100, 3))
+        >>> ifpyro.calibration.tarp(truth, draws).passed
+        True
+        >>> ifpyro.calibration.tarp(truth, draws + 0.5).passed  # shifted
+        False
     """
     truth, draws = truth_and_draws(truth, draws)
     count, dim = truth.shape

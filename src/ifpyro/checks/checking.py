@@ -68,6 +68,11 @@ def check(
         TypeError: if the data are not an array of real numbers.
         ValueError: on a wrong event shape, rows that are not finite or outside the support (with their indices), too
             few rows, or options out of range.
+
+    Example:
+        >>> result = ifpyro.check(flow, flow.sample(200, seed=0))
+        >>> result.passed
+        True
     """
     start = time.perf_counter()
     check_type("check", flow, InflationaryFlow, "a flow and then held-out data")

@@ -26,6 +26,13 @@ class CheckResult:
         settings: what was checked on: numbers of rows, seed, level, seconds, version.
         picture: the few numbers that :meth:`plot` draws.
         fingerprint: of the map that was checked.
+
+    Example:
+        >>> result = ifpyro.check(flow, flow.sample(100, seed=0), store=False)
+        >>> result.verdict, result["round trip"].verdict
+        ('pass', 'pass')
+        >>> ifpyro.CheckResult.from_json(result.to_json()).verdict
+        'pass'
     """
 
     rows: tuple[Row, ...]

@@ -2,11 +2,25 @@
 
 
 class IfpyroError(Exception):
-    """The base of the errors that this library defines."""
+    """The base of the errors that this library defines.
+
+    Example:
+        >>> try:
+        ...     ifpyro.SMC(lambda: None, progress=False).run()
+        ... except ifpyro.IfpyroError as error:
+        ...     print(type(error).__name__)
+        ...
+        ModelError
+    """
 
 
 class ModelError(IfpyroError, ValueError):
-    """The model cannot be sampled from, for a reason that the message names."""
+    """The model cannot be sampled from, for a reason that the message names.
+
+    Example:
+        >>> issubclass(ifpyro.ModelError, ifpyro.IfpyroError), issubclass(ifpyro.ModelError, ValueError)
+        (True, True)
+    """
 
 
 class BatchingError(IfpyroError, RuntimeError):
@@ -15,6 +29,11 @@ class BatchingError(IfpyroError, RuntimeError):
     Args:
         message: What differs, and where.
         site: The site that shows it, if one does.
+
+    Example:
+        >>> error = ifpyro.BatchingError("the shapes of 'y' differ", site="y")
+        >>> error.site
+        'y'
     """
 
     def __init__(self, message: str, site: str | None = None):
@@ -23,7 +42,12 @@ class BatchingError(IfpyroError, RuntimeError):
 
 
 class PoolError(IfpyroError, RuntimeError):
-    """A process has lost touch with the others of its pool."""
+    """A process has lost touch with the others of its pool.
+
+    Example:
+        >>> issubclass(ifpyro.PoolError, RuntimeError)
+        True
+    """
 
 
 class ConvergenceWarning(UserWarning):

@@ -32,6 +32,13 @@ class Pool:
         device: where this process should compute: its own GPU if there is one.
         interrupted: set it, in any process, to end a training of all of them after its current step.
         broken: whether a process was found to have died; nothing can be exchanged any more.
+
+    Example:
+        >>> pool = ifpyro.Pool()
+        >>> pool.rank, pool.size
+        (0, 1)
+        >>> pool.mine(10)
+        slice(0, 10, None)
     """
 
     interrupted = False
@@ -54,6 +61,11 @@ class Pool:
         Raises:
             PoolError: if the processes do not find one another.
             ValueError: on a backend that torch does not know.
+
+        Example:
+            >>> pool = ifpyro.Pool.join()
+            >>> pool.size  # more than one under torchrun
+            1
         """
         if backend is not None:
             _check_backend(backend)

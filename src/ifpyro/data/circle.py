@@ -45,6 +45,12 @@ def circular(period: Any = 2 * math.pi, cut: Any = None) -> Circular:
     Args:
         period: length of the circle, or one for every column.
         cut: where a turn begins; by default where the training data are scarcest.
+
+    Example:
+        >>> hours = torch.remainder(1.5 * torch.randn(400, 1), 24.0)  # around midnight
+        >>> flow = ifpyro.fit(hours, support=ifpyro.circular(period=24.0), max_steps=20, seed=0, progress=False)
+        >>> torch.allclose(flow.log_prob(torch.tensor([[23.5]])), flow.log_prob(torch.tensor([[-0.5]])), atol=1e-4)
+        True
     """
     return Circular(period, cut)
 

@@ -46,6 +46,11 @@ class Decoder:
     Attributes:
         flow: the flow.
         k: number of latents.
+
+    Example:
+        >>> decoder = flow.decoder(1)
+        >>> decoder.k, decoder(torch.zeros(5, 1)).shape
+        (1, torch.Size([5, 2]))
     """
 
     flow: _Flow
@@ -60,7 +65,13 @@ class Decoder:
         return self.flow.decode(torch.nn.functional.pad(z, (0, self.flow.latent_dim - self.k)))
 
     def encode(self, x: Tensor) -> Tensor:
-        """The first ``k`` latents of data ``(*batch, *event_shape)``: shape ``(*batch, k)``."""
+        """The first ``k`` latents of data ``(*batch, *event_shape)``: shape ``(*batch, k)``.
+
+        Example:
+            >>> flow.decoder(1).encode(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+            tensor([[-0.674],
+                    [ 0.674]])
+        """
         return self.flow.encode(x)[..., : self.k]
 
     @property

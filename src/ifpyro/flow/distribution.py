@@ -100,6 +100,14 @@ class FlowTransform(TransformModule):
     Args:
         flow: the flow.
         cache_size: 0 or 1.
+
+    Example:
+        >>> transform = ifpyro.FlowTransform(flow)
+        >>> transform
+        FlowTransform(2 -> (2,))
+        >>> x = transform(torch.zeros(5, 2))
+        >>> torch.allclose(transform.inv(x), torch.zeros(5, 2), atol=1e-5)
+        True
     """
 
     bijective = True

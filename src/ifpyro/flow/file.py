@@ -48,6 +48,13 @@ def load_flow(
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if the file is damaged, foreign, from a newer version, or needs ``network``, or another one.
+
+    Example:
+        >>> trained = ifpyro.fit(flow.sample(200, seed=0), max_steps=10, seed=0, progress=False)
+        >>> trained.save("prior.safetensors")
+        >>> again = ifpyro.load("prior.safetensors")
+        >>> torch.equal(again.sample(5, seed=0), trained.sample(5, seed=0))
+        True
     """
     device = check_device(device)
     tensors, header = read_tensors(check_path("load", path), "flow")

@@ -66,6 +66,11 @@ class LogProbEstimate(NamedTuple):
         value: nats, shape ``(*batch,)``.
         standard_error: of ``value``, by the spread of independent estimates; zero where the value is exact. With ``p``
             estimates it has ``p - 1`` degrees of freedom: few of them call for Student's quantiles.
+
+    Example:
+        >>> value, error = flow.log_prob_estimate(torch.zeros(3, 2))
+        >>> value.shape, error.max()
+        (torch.Size([3]), tensor(0.))
     """
 
     value: Tensor
@@ -106,6 +111,17 @@ class InflationaryFlow(nn.Module):
             on devices where that is fast; states stay as they are. Positions and round trips are then good to about its
             precision, times what the network moves. Without it, convolutions keep out of TF32 on NVIDIA GPUs too, in
             samplers those of gradients as well.
+
+    Example:
+        >>> flow = ifpyro.InflationaryFlow.from_gaussian_mixture(
+        ...     torch.tensor([0.5, 0.5]), torch.tensor([[-1.0, 0.0], [1.0, 0.0]]), 0.1 * torch.eye(2).expand(2, 2, 2)
+        ... )
+        >>> flow.event_shape, flow.latent_dim
+        (torch.Size([2]), 2)
+        >>> x = flow.sample(1000, seed=0)
+        >>> z = flow.encode(x)
+        >>> (flow.decode(z) - x).abs().max() < 1e-4
+        tensor(True)
     """
 
     def __init__(
@@ -170,6 +186,16 @@ class InflationaryFlow(nn.Module):
             covariances: ``(K, D, D)``, positive definite.
             schedule: ``details_first`` by default.
             options: as for :class:`InflationaryFlow`.
+
+        Example:
+            >>> weights, means = torch.tensor([0.3, 0.7]), torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
+            >>> covariances = torch.eye(2).expand(2, 2, 2)
+            >>> exact = ifpyro.InflationaryFlow.from_gaussian_mixture(weights, means, covariances)
+            >>> exact.log_prob(torch.tensor([0.0, 0.5]))
+            tensor(-3.963)
+            >>> parts = dist.MultivariateNormal(means, covariances)
+            >>> dist.MixtureSameFamily(dist.Categorical(weights), parts).log_prob(torch.tensor([0.0, 0.5]))
+            tensor(-3.963)
         """
         schedule = schedule or Schedule.details_first()
         basis, velocity = mixture_parts(weights, means, covariances, schedule)
@@ -254,25 +280,56 @@ class InflationaryFlow(nn.Module):
         Raises:
             ValueError: on a wrong event shape.
             TypeError: on a wrong dtype or device.
+
+        Example:
+            >>> flow.encode(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+            tensor([[-0.674,  0.000],
+                    [ 0.674,  0.000]])
         """
         return self._to_latent(x, False, batch_size)[0]
 
     def decode(self, z: Tensor, *, batch_size: int | None = None) -> Tensor:
-        """Data ``x`` of latents ``z``."""
+        """Data ``x`` of latents ``z``.
+
+        Example:
+            >>> flow.decode(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
+            tensor([[-1.150,  0.000],
+                    [ 1.150,  0.000]])
+        """
         return self._to_data(z, False, batch_size)[0]
 
     def encode_and_log_det(self, x: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """``z`` and ``log|det dz/dx|`` (shape ``(*batch,)``), in one solve."""
+        """``z`` and ``log|det dz/dx|`` (shape ``(*batch,)``), in one solve.
+
+        Example:
+            >>> x = torch.tensor([[-1.0, 0.0], [1.0, 0.0]])
+            >>> z, log_det = flow.encode_and_log_det(x)
+            >>> dist.Normal(0.0, 1.0).log_prob(z).sum(-1) + log_det
+            tensor([-0.229, -0.229])
+            >>> flow.log_prob(x)
+            tensor([-0.229, -0.229])
+        """
         return self._to_latent(x, True, batch_size)
 
     def decode_and_log_det(self, z: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
-        """``x`` and ``log|det dx/dz|`` (shape ``(*batch,)``), in one solve."""
+        """``x`` and ``log|det dx/dz|`` (shape ``(*batch,)``), in one solve.
+
+        Example:
+            >>> z = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+            >>> x, log_det = flow.decode_and_log_det(z)
+            >>> log_det
+            tensor([ 2.696, -1.996])
+        """
         return self._to_data(z, True, batch_size)
 
     def log_prob(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
         r"""Log-density ``log N(z; 0, I) + log|det dz/dx|`` in nats, shape ``(*batch,)``; ``-inf`` outside the support.
 
         Outside, on the boundary and at infinity its gradient is zero; of NaN it is NaN.
+
+        Example:
+            >>> flow.log_prob(torch.tensor([[-1.0, 0.0], [0.0, 0.0]]))
+            tensor([-0.229, -4.534])
         """
         settled, inside, outside = self._settled(x)
         z, log_det = self.encode_and_log_det(settled, batch_size=batch_size)
@@ -302,6 +359,11 @@ class InflationaryFlow(nn.Module):
 
         Raises:
             ValueError: on an unknown method, or too few probes to have a spread.
+
+        Example:
+            >>> estimate = flow.log_prob_estimate(torch.tensor([-1.0, 0.0]))
+            >>> estimate.value, estimate.standard_error  # exact, since 2 axes are few
+            (tensor(-0.229), tensor(0.))
         """
         generator = torch.Generator(self.device).manual_seed(check_seed(seed))
 
@@ -327,6 +389,14 @@ class InflationaryFlow(nn.Module):
 
         Raises:
             ValueError: if the shape is not of integers, or the seed out of range.
+
+        Example:
+            >>> flow.sample(3, seed=0)
+            tensor([[ 1.366, -0.093],
+                    [-1.598,  0.180],
+                    [-1.186, -0.442]])
+            >>> flow.sample((5, 4)).shape
+            torch.Size([5, 4, 2])
         """
         shape = check_shape("sample", shape)
         generator = torch.Generator(self.device)
@@ -348,6 +418,13 @@ class InflationaryFlow(nn.Module):
 
         Raises:
             ValueError: if ``k`` is not in ``1..latent_dim``.
+
+        Example:
+            >>> decoder = flow.decoder(1)
+            >>> decoder(torch.tensor([[-1.0], [0.0], [1.0]]))
+            tensor([[-1.150,  0.000],
+                    [ 0.000,  0.000],
+                    [ 1.150,  0.000]])
         """
         return Decoder(self, check_integer("decoder", k, 1, self.latent_dim, "latents"))
 
@@ -360,6 +437,11 @@ class InflationaryFlow(nn.Module):
 
         Returns:
             Angles' times ``(steps + 1,)`` and positions ``(steps + 1, *batch, latent_dim)`` in the eigenbasis.
+
+        Example:
+            >>> times, path = flow.trajectory(flow.sample(10, seed=0), steps=8)
+            >>> times.shape, path.shape
+            (torch.Size([9]), torch.Size([9, 10, 2]))
         """
         grid = replace(self.grid, steps=steps)
         v, batch, _ = self.standardise(x)
@@ -370,6 +452,10 @@ class InflationaryFlow(nn.Module):
         """The dimension ``PR = (sum s^2)^2 / sum s^4`` of the rescaled covariance, at times ``t`` (1 by default).
 
         Source: de Albuquerque & Pearson 2024, section 3; constant in a preserving flow.
+
+        Example:
+            >>> flow.participation_ratio(torch.tensor([0.0, 1.0]))
+            tensor([1.180, 2.000], dtype=torch.float64)
         """
         t = torch.ones(1, dtype=torch.double) if t is None else as_real(t, "t", torch.double)
         if not bool(((t >= 0) & (t <= 1)).all()):
@@ -406,11 +492,26 @@ class InflationaryFlow(nn.Module):
     # -- Pyro -------------------------------------------------------------------------------------------------------
 
     def transform(self, cache_size: int = 0) -> "FlowTransform":
-        """The map from latent to data as a Pyro transform."""
+        """The map from latent to data as a Pyro transform.
+
+        Example:
+            >>> transform = flow.transform()
+            >>> x = transform(torch.zeros(2))
+            >>> transform.log_abs_det_jacobian(torch.zeros(2), x)
+            tensor(2.696)
+        """
         return FlowTransform(self, cache_size=cache_size)
 
     def prior(self) -> "dist.TransformedDistribution":
-        """The flow as a distribution to put in a Pyro model."""
+        """The flow as a distribution to put in a Pyro model.
+
+        Example:
+            >>> prior = flow.prior()
+            >>> prior.event_shape, prior.sample((5,)).shape
+            (torch.Size([2]), torch.Size([5, 2]))
+            >>> prior.log_prob(torch.tensor([-1.0, 0.0]))
+            tensor(-0.229)
+        """
         return flow_prior(self)
 
     # -- files ------------------------------------------------------------------------------------------------------
@@ -420,6 +521,12 @@ class InflationaryFlow(nn.Module):
 
         What only changes how they are computed (``gradient_checkpointing``, ``cuda_graphs``, a compiled step) is not
         kept.
+
+        Example:
+            >>> trained = ifpyro.fit(flow.sample(200, seed=0), max_steps=10, seed=0, progress=False)
+            >>> trained.save("prior.safetensors")
+            >>> ifpyro.load("prior.safetensors").event_shape
+            torch.Size([2])
         """
         path = check_writable(path)
         header = {

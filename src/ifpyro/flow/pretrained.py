@@ -89,6 +89,15 @@ def from_denoiser(
         TypeError: if ``noise`` or ``samples`` are not what is expected.
         ValueError: on an unknown prediction, noise that does not increase, shapes that do not fit, or axes on which
             the network's noise is not equal.
+
+    Example:
+        >>> class Denoiser(torch.nn.Module):
+        ...     def forward(self, noisy, sigma):
+        ...         return noisy / (1 + sigma.unsqueeze(-1) ** 2)
+        ...
+        >>> normal = ifpyro.from_denoiser(Denoiser(), (0.002, 80.0), event_shape=(2,), sigma_data=1.0)
+        >>> normal.log_prob(torch.zeros(2))
+        tensor(-1.838)
     """
     network, path, predicts, shape = _open(denoiser, noise, prediction)
     x = None if samples is None else as_samples(samples)

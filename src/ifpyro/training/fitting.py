@@ -131,6 +131,12 @@ def fit(
         TypeError: if ``x`` is not an array of real numbers.
         ValueError: on samples or options that cannot work; the message says which and what to do.
         PoolError: if another process has died.
+
+    Example:
+        >>> samples = ifpyro.datasets.moons().sample(500, seed=0)
+        >>> flow = ifpyro.fit(samples, max_steps=50, seed=0, progress=False)  # 6,000 steps without the limit
+        >>> flow.event_shape, flow.report["training"]["steps"]
+        (torch.Size([2]), 50)
     """
     _check_limits(max_steps, max_seconds, tolerance)
     check_type("schedule", schedule, (Schedule, NoneType), "a Schedule, such as Schedule.preserving(), or None")

@@ -31,6 +31,11 @@ class Recipe:
         time_power: times are ``u^time_power``, ``u`` uniform: denser near the data end.
         matrix_rate: peak rate of the square matrices between hidden layers, of at most 128 rows, if their steps are to
             be orthogonal matrices; 0 leaves them to AdamW.
+
+    Example:
+        >>> recipe = ifpyro.Recipe(max_steps=1000, batch=128)
+        >>> recipe.max_steps, recipe.rate
+        (1000, 0.005)
     """
 
     max_steps: int = 16_000
@@ -63,6 +68,10 @@ class Recipe:
         """What worked across tables from 107 x 13 to 200,000 x 2: small tables take smaller, fewer steps.
 
         Large samples of few dimensions show fine structure, which is learnt at small angles.
+
+        Example:
+            >>> ifpyro.Recipe.for_data(rows=1000, dim=10).max_steps
+            6000
         """
         if rows >= 5_000:
             return cls(rate=2e-3, time_power=3.0, matrix_rate=0.02) if dim <= 8 else cls(rate=2e-3)

@@ -25,6 +25,10 @@ class ManySMC:
         islands: per data set, at least 2.
         block: most data sets in one batch.
         options: of `ifpyro.SMC`.
+
+    Example:
+        >>> ifpyro.calibration.ManySMC(particles=128, islands=2)
+        ManySMC(particles=128, islands=2, block=100, options={})
     """
 
     particles: int = 256
@@ -58,6 +62,10 @@ class ManyHMC:
         init: ``"smc"``, or ``"prior"`` (posteriors with one mode only).
         block: most data sets in one batch.
         options: of `ifpyro.HMC`.
+
+    Example:
+        >>> ifpyro.calibration.ManyHMC(chains=2, draws=50)
+        ManyHMC(chains=2, warmup=150, draws=50, particles=128, init='smc', block=100, options={})
     """
 
     chains: int = 4

@@ -81,6 +81,18 @@ class Simulator:
         simulate: takes a ``numpy.random.Generator`` and returns ``(theta, data)``: parameters drawn from the prior (a
             number, an array, or a dictionary of such) and data given them.
         log_likelihood: takes ``(theta, data)`` and returns a number; another test quantity. Left out if ``None``.
+
+    Example:
+        >>> def simulate(rng):
+        ...     theta = rng.normal()
+        ...     return theta, theta + rng.normal()
+        ...
+        >>> simulator = ifpyro.calibration.Simulator(simulate)
+        >>> def posterior(data, seed):
+        ...     return np.random.default_rng(seed).normal(data / 2, 0.5**0.5, size=100)  # exact
+        ...
+        >>> ifpyro.calibration.sbc(simulator, posterior, 100, progress=False).passed
+        True
     """
 
     simulate: Callable[[np.random.Generator], tuple[Any, Any]]

@@ -18,7 +18,20 @@ FEW = 20.0
 
 @dataclass(frozen=True)
 class SBC:
-    """Ranks of the truth among posterior draws, for ``n`` simulations and ``Q`` test quantities."""
+    """Ranks of the truth among posterior draws, for ``n`` simulations and ``Q`` test quantities.
+
+    Example:
+        >>> def simulate(rng):
+        ...     theta = rng.normal()
+        ...     return theta, theta + rng.normal()
+        ...
+        >>> def narrow(data, seed):
+        ...     return np.random.default_rng(seed).normal(data / 2, 0.2, size=100)
+        ...
+        >>> result = ifpyro.calibration.sbc(ifpyro.calibration.Simulator(simulate), narrow, 100, progress=False)
+        >>> result.passed, result.outside
+        (False, ['theta'])
+    """
 
     names: tuple[str, ...]
     """Of the test quantities."""

@@ -71,6 +71,16 @@ def sbc(
         TypeError: if the model or the engine cannot be used.
         ValueError: if the model cannot simulate, draws do not fit, or the file is of another run.
         RuntimeError: if a simulation fails; finished ones are kept in the file.
+
+    Example:
+        >>> def model(y):
+        ...     x = pyro.sample("x", dist.Normal(0.0, 1.0))
+        ...     pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+        ...
+        >>> engine = ifpyro.calibration.ManySMC(particles=64)
+        >>> result = ifpyro.calibration.sbc(model, engine, 50, args=(torch.zeros(()),), progress=False)
+        >>> result.num_simulations, result.names, result.passed
+        (50, ('x', 'log_likelihood'), True)
     """
     check_count("num_simulations", num_simulations, 1)
     seed = check_seed(seed)

@@ -41,6 +41,11 @@ class Basis(nn.Module):
             completed to it, none leaves the columns as they are. Or separable axes, which are ``W`` too.
         scale: ``s``, standard deviation along each axis, principal axes first and descending, shape ``(D,)``.
         unit: the unit in which each column is measured, shape ``(D,)``; ones by default.
+
+    Example:
+        >>> basis = ifpyro.Basis.choose(flow.sample(1000, seed=0))
+        >>> basis.kind, basis.dim, basis.principal
+        ('pca', 2, 2)
     """
 
     mean: Tensor
@@ -86,6 +91,13 @@ class Basis(nn.Module):
 
         Raises:
             ValueError: on an unknown kind, or one that these data do not allow.
+
+        Example:
+            >>> x = torch.randn(100, 12)
+            >>> ifpyro.Basis.choose(x, "low_rank", rank=3).principal
+            3
+            >>> ifpyro.Basis.choose(x, "separable", event_shape=(3, 4)).kind
+            'separable'
         """
         shape = (x.shape[1],) if event_shape is None else event_shape
         kind = kind_for(kind, x.shape[1], shape)
@@ -107,6 +119,11 @@ class Basis(nn.Module):
 
         Raises:
             ValueError: beyond 4,096 columns, or if columns are collinear.
+
+        Example:
+            >>> x = torch.randn(10_000, 2) * torch.tensor([1.0, 5.0])
+            >>> ifpyro.Basis.from_samples(x).scale.round()
+            tensor([5., 1.])
         """
         if x.shape[1] > PCA_AT_MOST:
             raise ValueError(
@@ -152,6 +169,11 @@ class Basis(nn.Module):
 
         Raises:
             ValueError: if events are vectors, or some entries are combinations of others.
+
+        Example:
+            >>> images = torch.randn(50, 8 * 8)
+            >>> ifpyro.Basis.separable(images, (8, 8)).kind
+            'separable'
         """
         mean, sd = mean_and_sd(x)
         unit = sd if own_units else torch.ones_like(sd)
@@ -176,6 +198,11 @@ class Basis(nn.Module):
 
         Raises:
             ValueError: if the rank is not in ``1..min(D - 1, N - 2)``, or nothing varies beyond the principal axes.
+
+        Example:
+            >>> basis = ifpyro.Basis.low_rank(torch.randn(200, 50), rank=4)
+            >>> basis.principal, basis.dim
+            (4, 50)
         """
         rows, dim = x.shape
         rank = default_rank(rows, dim) if rank is None else rank
@@ -203,6 +230,10 @@ class Basis(nn.Module):
         Args:
             x: the samples, ``(N, D)``.
             own_units: measure each column in its own standard deviation (which leaves a scale of one).
+
+        Example:
+            >>> ifpyro.Basis.one_scale(torch.randn(200, 50)).kind
+            'identity'
         """
         mean, sd = mean_and_sd(x)
         unit = sd if own_units else torch.ones_like(sd)
@@ -273,15 +304,31 @@ class Basis(nn.Module):
         return a @ self.rotation.T if self.principal else a
 
     def to_standard(self, x: Tensor) -> Tensor:
-        """``v = ((x - mu) / unit) W / s`` for ``x`` of shape ``(..., D)``."""
+        """``v = ((x - mu) / unit) W / s`` for ``x`` of shape ``(..., D)``.
+
+        Example:
+            >>> x = flow.sample(1000, seed=0)
+            >>> flow.basis.to_standard(x).std(0).round()
+            tensor([1., 1.])
+        """
         return self.rotate((x - self.mean) / self.unit) / self.scale
 
     def from_standard(self, v: Tensor) -> Tensor:
-        """``x = mu + unit (s v) W^T`` for ``v`` of shape ``(..., D)``."""
+        """``x = mu + unit (s v) W^T`` for ``v`` of shape ``(..., D)``.
+
+        Example:
+            >>> torch.allclose(flow.basis.from_standard(torch.zeros(2)), flow.basis.mean)
+            True
+        """
         return self.mean + self.unit * self.rotate_back(v * self.scale)
 
     def log_det(self) -> Tensor:
-        """``log|det dx/dv| = sum log s + sum log unit``, a scalar."""
+        """``log|det dx/dv| = sum log s + sum log unit``, a scalar.
+
+        Example:
+            >>> flow.basis.log_det()
+            tensor(-1.104)
+        """
         return self.scale.log().sum() + self.unit.log().sum()
 
 

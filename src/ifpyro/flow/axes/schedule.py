@@ -146,6 +146,12 @@ class Schedule(ABC):
             paper's ``gamma_0`` is ``tan(theta_0)^2``).
         end: the last angle in radians: every axis ends at or beyond it.
         octaves: the share of the clock, in ``[0, 1]``, that counts octaves of ``s`` alike instead of axes.
+
+    Example:
+        >>> schedule = ifpyro.Schedule.details_first()
+        >>> angles = schedule.angles(torch.tensor([2.0, 1.0, 0.1]))
+        >>> angles(torch.tensor(0.5))  # half-way the small axis is nearly noise, the large one still data: radians
+        tensor([0.332, 0.603, 1.427], dtype=torch.float64)
     """
 
     start: float = 0.01
@@ -170,7 +176,12 @@ class Schedule(ABC):
 
     @staticmethod
     def preserving(start: float = 0.01, end: float = _HALF_PI - 1e-3) -> "Schedule":
-        """All axes share one angle, ``eta_j = s_j tan theta``: the paper's dimension-preserving flow."""
+        """All axes share one angle, ``eta_j = s_j tan theta``: the paper's dimension-preserving flow.
+
+        Example:
+            >>> ifpyro.Schedule.preserving().angles(torch.tensor([2.0, 0.1]))(torch.tensor(0.5))
+            tensor([0.790, 0.790], dtype=torch.float64)
+        """
         return Preserving(start=start, end=end)
 
     @staticmethod
@@ -182,6 +193,10 @@ class Schedule(ABC):
             gap: the inflation gap; the other axes have ``g = 1 - gap``. In ``(0, 2)``.
             start: noise floor in radians.
             end: last angle in radians.
+
+        Example:
+            >>> ifpyro.Schedule.reducing(keep=1).angles(torch.tensor([2.0, 0.1]))(torch.tensor(0.5))
+            tensor([1.045, 0.531], dtype=torch.float64)
         """
         return Reducing(start=start, end=end, keep=keep, gap=gap)
 
@@ -196,6 +211,10 @@ class Schedule(ABC):
             start: noise floor in radians.
             end: last angle in radians.
             octaves: share of the clock that counts octaves of ``s`` alike instead of axes; 1/2 suits images.
+
+        Example:
+            >>> ifpyro.Schedule.details_first(power=2.0).angles(torch.tensor([2.0, 0.1]))(torch.tensor(0.5))
+            tensor([0.052, 1.523], dtype=torch.float64)
         """
         return DetailsFirst(start=start, end=end, power=power, octaves=octaves)
 
@@ -204,6 +223,12 @@ class Schedule(ABC):
         """The paper's own parametrisation, ``C_jj(t') = gamma0 exp(rho (1 + g_j) t')``, ``t'`` from 0 to ``T``.
 
         Time is the paper's, ``t = t'/T``. ``g`` has one entry an axis, leading axis first.
+
+        Example:
+            >>> schedule = ifpyro.Schedule.exponential(gamma0=1e-4, rho=1.0, g=(1.0, 0.5), T=8.0)
+            >>> schedule.angles(torch.tensor([2.0, 0.1]))(torch.tensor([0.0, 1.0]))
+            tensor([[0.005, 0.100],
+                    [1.504, 1.546]], dtype=torch.float64)
         """
         return Exponential(gamma0=gamma0, rho=rho, g=tuple(g), T=T)
 
@@ -234,12 +259,22 @@ class Schedule(ABC):
         """
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data from which :meth:`from_dict` rebuilds the schedule."""
+        """Plain data from which :meth:`from_dict` rebuilds the schedule.
+
+        Example:
+            >>> ifpyro.Schedule.preserving(start=0.02).to_dict()["start"]
+            0.02
+        """
         return {"kind": self.kind, **asdict(self)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> "Schedule":
-        """Rebuild a schedule from :meth:`to_dict`."""
+        """Rebuild a schedule from :meth:`to_dict`.
+
+        Example:
+            >>> ifpyro.Schedule.from_dict(ifpyro.Schedule.reducing(keep=2).to_dict()).keep
+            2
+        """
         options = dict(data)
         kind = options.pop("kind", None)
         if kind not in Schedule._kinds:

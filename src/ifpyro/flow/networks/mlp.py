@@ -30,6 +30,15 @@ class MLP(Velocity):
         dropout: probability of dropping a hidden unit in training.
         frequencies: number of harmonics of ``t``.
         waves: octaves of sines and cosines of every coordinate that the inlet sees beside the coordinate.
+
+    Example:
+        >>> network = ifpyro.MLP(dim=2, width=32, blocks=1)
+        >>> network(torch.randn(5, 2), network.embed(torch.tensor([0.5], dtype=torch.double)))
+        tensor([[0., 0.],
+                [0., 0.],
+                [0., 0.],
+                [0., 0.],
+                [0., 0.]], grad_fn=<AddmmBackward0>)
     """
 
     broadcasts = True

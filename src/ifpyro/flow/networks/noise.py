@@ -46,6 +46,12 @@ class Sigmas(Noise):
     Args:
         sigma_min: smallest noise level that the network was trained for, in the units of its images.
         sigma_max: the largest.
+
+    Example:
+        >>> from ifpyro.flow.networks.noise import Sigmas
+        >>> time, alpha = Sigmas(0.002, 80.0)(torch.tensor([0.5]))
+        >>> time, alpha
+        (tensor([0.500]), tensor([1.]))
     """
 
     def __init__(self, sigma_min: float, sigma_max: float) -> None:
@@ -70,6 +76,12 @@ class Table(Noise):
     Args:
         alphas_cumprod: shares of signal in the variance, ``alpha^2`` at the times ``0, 1, ...``: decreasing. Entries of
             zero at the end, where there is no signal left, are dropped.
+
+    Example:
+        >>> from ifpyro.flow.networks.noise import Table
+        >>> path = Table(torch.linspace(0.999, 0.01, 100))
+        >>> round(path.sigma_min, 3), round(path.sigma_max, 3)
+        (0.032, 9.95)
     """
 
     def __init__(self, alphas_cumprod: Any) -> None:
@@ -104,6 +116,12 @@ class Continuous(Noise):
     Args:
         scales: from times ``(m,)`` to the scales of signal and noise, ``alpha`` and ``sigma alpha``, each ``(m,)``;
             their ratio increases with time.
+
+    Example:
+        >>> from ifpyro.flow.networks.noise import Continuous
+        >>> path = Continuous(lambda t: (1 - 0.99 * t, 0.01 + 0.99 * t))
+        >>> path.sigma_min, round(path.sigma_max)
+        (0.01, 100)
     """
 
     def __init__(self, scales: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:

@@ -25,6 +25,18 @@ class Velocity(nn.Module, ABC):
     Attributes:
         broadcasts: Whether :meth:`forward` and :meth:`with_products` also take ``y`` of shape ``(S, n, D)`` with an
             embedding ``(n, E)``, which spares conditional flows a copy of the embedding for each of ``S`` draws.
+
+    Example:
+        >>> class Gaussian(ifpyro.Velocity):
+        ...     def embed(self, t):
+        ...         return t.unsqueeze(-1)
+        ...
+        ...     def forward(self, y, embedding):
+        ...         return torch.zeros_like(y)
+        ...
+        >>> gaussian = ifpyro.InflationaryFlow(flow.basis, ifpyro.Schedule.preserving(), Gaussian())
+        >>> gaussian.log_prob(torch.zeros(2))
+        tensor(-0.734)
     """
 
     broadcasts: bool = False

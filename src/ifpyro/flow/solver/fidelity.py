@@ -49,6 +49,17 @@ def fidelity(
 
     Raises:
         ValueError: if not exactly one of the three is given, or it is out of range.
+
+    Example:
+        >>> z = torch.randn(100, 2)
+        >>> with ifpyro.fidelity("coarse"):
+        ...     rough = flow.decode(z)
+        ...
+        >>> with ifpyro.fidelity(steps=64):
+        ...     fine = flow.decode(z)
+        ...
+        >>> bool((rough - fine).abs().mean() > (flow.decode(z) - fine).abs().mean())
+        True
     """
     if [level, steps, evaluations].count(None) != 2:
         raise ValueError("fidelity expects a level ('fine' or 'coarse'), steps=n or evaluations=n: exactly one of them")

@@ -62,6 +62,11 @@ class Grid:
 
     Raises:
         ValueError: on an unknown method, or numbers out of range.
+
+    Example:
+        >>> grid = ifpyro.Grid(steps=4, power=2.0)
+        >>> grid.times(), grid.evaluations
+        (tensor([0.000, 0.062, 0.250, 0.562, 1.000], dtype=torch.float64), 16)
     """
 
     steps: int = 16
@@ -106,6 +111,11 @@ def cheap_grid(evaluations: int, grid: Grid) -> Grid:
     Args:
         evaluations: of the velocity in one solve; a remainder that makes no step is not used.
         grid: whose nodes to take, in their density.
+
+    Example:
+        >>> from ifpyro.flow.solver.grid import cheap_grid
+        >>> cheap_grid(4, ifpyro.Grid())
+        Grid(steps=4, power=1.5, method='euler')
     """
     method = "euler" if evaluations <= 6 else "midpoint" if evaluations <= 18 else "rk4"
     return replace(grid, steps=evaluations // TABLEAUX[method].stages, method=method)

@@ -54,6 +54,16 @@ class EllipticalSlice(Kernel[SliceState]):
     Raises:
         TypeError: if ``model`` is not callable.
         ValueError: when run, if the unconstrained prior is not exactly ``N(0, I)``.
+
+    Example:
+        >>> def model(y):
+        ...     x = pyro.sample("x", flow.prior())
+        ...     pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=y)
+        ...
+        >>> kernel = ifpyro.EllipticalSlice(model)
+        >>> mcmc = ifpyro.MCMC(kernel, 25, warmup_steps=0, num_chains=8, init="prior", seed=0, progress=False)
+        >>> mcmc.run(torch.tensor(0.3)).positions().shape
+        torch.Size([8, 25, 2])
     """
 
     def __init__(self, model: Any, *, level: Level | None = None) -> None:

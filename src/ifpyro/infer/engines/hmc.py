@@ -56,6 +56,17 @@ class HMC(Kernel[State]):
     Raises:
         ValueError: for arguments out of range.
         TypeError: if ``model`` is not callable.
+
+    Example:
+        >>> def model(y):
+        ...     x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     pyro.sample("y", dist.Normal(x, 1.0).to_event(1), obs=y)
+        ...
+        >>> kernel = ifpyro.HMC(model, metric="diagonal")
+        >>> mcmc = ifpyro.MCMC(kernel, 100, warmup_steps=50, num_chains=16, init="prior", seed=0, progress=False)
+        >>> x = mcmc.run(torch.tensor([2.0, -2.0])).get_samples()["x"]
+        >>> (x.mean(0) - torch.tensor([1.0, -1.0])).abs().max() < 0.2  # half-way between prior and data
+        tensor(True)
     """
 
     def __init__(

@@ -66,6 +66,16 @@ class MCMC(Draws):
     Raises:
         ValueError: for arguments out of range.
         TypeError: if ``kernel`` is not a kernel of this library.
+
+    Example:
+        >>> def model(y):
+        ...     x = pyro.sample("x", flow.prior())
+        ...     pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=y)
+        ...
+        >>> kernel = ifpyro.HMC(model)
+        >>> mcmc = ifpyro.MCMC(kernel, 10, warmup_steps=10, num_chains=8, seed=0, progress=False)
+        >>> mcmc.run(torch.tensor(0.3)).get_samples(group_by_chain=True)["x"].shape
+        torch.Size([8, 10, 2])
     """
 
     def __init__(

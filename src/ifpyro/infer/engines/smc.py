@@ -91,6 +91,18 @@ class SMC(Draws):
     Raises:
         ValueError: for arguments out of range.
         TypeError: if ``model`` is not callable.
+
+    Example:
+        >>> def model(y):
+        ...     x = pyro.sample("x", flow.prior())
+        ...     pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=y)
+        ...
+        >>> smc = ifpyro.SMC(model, num_particles=512, seed=0, progress=False).run(torch.tensor(0.3))
+        >>> smc.get_samples()["x"].shape
+        torch.Size([512, 2])
+        >>> exact = -1.5233  # y = 0.3 comes from two normals at -1 and 1 of variance 0.45
+        >>> abs(smc.log_evidence - exact) < 4 * smc.log_evidence_se
+        True
     """
 
     log_evidence: float

@@ -49,6 +49,14 @@ def reparam(model: Callable[..., Any]) -> Callable[..., Any]:
         TypeError: if ``model`` is not callable.
 
     Source: Gorinova, Moore & Hoffman 2019, "Automatic reparameterisation of probabilistic programs".
+
+    Example:
+        >>> def model():
+        ...     return pyro.sample("x", flow.prior())
+        ...
+        >>> trace = pyro.poutine.trace(ifpyro.reparam(model)).get_trace()
+        >>> [name for name in trace.nodes if not name.startswith("_")]
+        ['x_base', 'x']
     """
     if not callable(model) or isinstance(model, InflationaryFlow):
         raise TypeError(f"reparam expects a Pyro model (a callable), got {type(model).__name__}")

@@ -109,6 +109,16 @@ def to_arviz(
         TypeError: if the result is of no known kind, or the model does not accept the arguments.
         ValueError: if draws, dims, coords or predictions do not fit the model, or what was insisted on cannot
             be had.
+
+    Example:
+        >>> def model(y):
+        ...     x = pyro.sample("x", flow.prior())
+        ...     pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=y)
+        ...
+        >>> smc = ifpyro.SMC(model, num_particles=256, seed=0, progress=False).run(torch.tensor(0.3))
+        >>> posterior = ifpyro.to_arviz(smc, progress=False)
+        >>> sorted(posterior.posterior.data_vars), posterior.posterior["x"].shape
+        (['x', 'x_base'], (4, 64, 2))
     """
     _check_options(prior, posterior_predictive, predictions, batch_size)
     options: dict[str, Any] = {"seed": seed, "batch_size": batch_size, "progress": progress}

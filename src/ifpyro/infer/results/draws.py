@@ -222,6 +222,15 @@ class Draws:
 
         Raises:
             RuntimeError: if there are no draws.
+
+        Example:
+            >>> def model(y):
+            ...     x = pyro.sample("x", flow.prior())
+            ...     pyro.sample("y", dist.Normal(x.sum(-1), 0.5), obs=y)
+            ...
+            >>> smc = ifpyro.SMC(model, num_particles=256, seed=0, progress=False).run(torch.tensor(0.3))
+            >>> list(smc.summary().index)
+            ['x_base[0]', 'x_base[1]', 'x[0]', 'x[1]']
         """
         return diagnostics.summary(self.get_samples(group_by_chain=True), **options)
 
