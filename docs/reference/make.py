@@ -15,7 +15,17 @@ EXTENSION_POINTS = {
 }
 TOYS = ["circles", "moons", "sine", "s_curve", "swirl", "paper", "ToySet"]
 GROUPS = {
-    "Flows": ["fit", "load", "from_denoiser", "InflationaryFlow", "Recipe", "FlowTransform", "Decoder", "LogProbEstimate"],
+    "Flows": [
+        "fit",
+        "load",
+        "from_denoiser",
+        "InflationaryFlow",
+        "ConditionalFlow",
+        "Recipe",
+        "Decoder",
+        "LogProbEstimate",
+    ],
+    "Flows in Pyro": ["FlowTransform", "ConditionalFlowTransform"],
     "What a flow is made of": ["Schedule", "Basis", "Velocity", "MLP", "Grid", "fidelity", "circular"],
     "Posteriors": ["SMC", "MCMC", "HMC", "EllipticalSlice", "linear_posterior", "reparam", "to_arviz"],
     "Trust": ["check", "CheckResult"],
