@@ -25,6 +25,11 @@ lint: $(VENV)/dev.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, into docs/_build/html. A warning, or a link that leads nowhere, is an error.
+docs: $(VENV)/docs.installed
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs docs/_build/html
+	$(BIN)/python docs/check_links.py
+
 notebooks: $(VENV)/docs.installed
 	$(BIN)/python tutorials/run.py
 
@@ -59,4 +64,4 @@ $(VENV)/bench.installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo docs/_build docs/reference/generated

@@ -25,6 +25,7 @@ GROUPS = {
         "Decoder",
         "LogProbEstimate",
     ],
+    "Training": ["Recipe"],
     "Flows in Pyro": ["FlowTransform", "ConditionalFlowTransform"],
     "What a flow is made of": ["Schedule", "Basis", "Velocity", "MLP", "Grid", "fidelity", "circular"],
     "Posteriors": ["SMC", "MCMC", "HMC", "EllipticalSlice", "linear_posterior", "reparam", "to_arviz"],
