@@ -100,8 +100,9 @@ show({"held out": held_out, "flower": elsewhere, "drawn from the flow": flow.sam
 # would need very many temperatures here, because hundreds of pixels are seen, each narrowly. Where the observation is
 # *linear with Gaussian noise*, there is a shorter way: `ifpyro.linear_posterior` adds noise to an image and removes it
 # again with the flow's own network, level by level, each time in agreement with what was seen. It takes no gradients,
-# and there is nothing to tune. Beyond 32 axes, as here, it is an *approximation*, exact only for a Gaussian flow, and its
-# result says so: `draws.exact` is False. (For tables of up to 32 columns its draws are those of the posterior itself.)
+# and there is nothing to tune. Beyond 32 axes, as here, it is an *approximation*, exact only for a Gaussian flow, and
+# its result says so: `draws.exact` is False. (For tables of up to 32 columns its draws are those of the posterior
+# itself.)
 #
 # ## Filling a hole
 #
