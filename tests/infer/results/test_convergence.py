@@ -14,7 +14,7 @@ from exact_densities import PROBLEMS, conjugate
 from flows_zoo import mlp_flow
 from ifpyro import HMC, MCMC, SMC, ConvergenceWarning
 from ifpyro.infer.model.many import ManyDataSets
-from ifpyro.infer.results.convergence import judge
+from ifpyro.infer.results.convergence import judge, observation_check
 
 
 def normal(*shape, seed=0):
@@ -160,6 +160,26 @@ def test_a_map_that_does_not_come_back():
     assert "check(flow" in found.advice
 
 
+def test_draws_that_miss_what_was_observed():
+    residual = normal(200, 1, 5)  # truths: of 200 observations none is off
+    assert observation_check(residual.expand(-1, 8, -1)).passed
+    residual[17] *= 6.0
+    check = observation_check(residual.expand(-1, 8, -1))
+    assert not check.passed
+    assert check.quantity == "y[17]"
+    assert observation_check(torch.zeros(0, 8, 5)).passed
+
+
+def test_slices_may_be_slow():
+    samples, stats = clean(chains=16, draws=1000)
+    slow = samples["mu"].clone()
+    for i in range(1, 1000):
+        slow[:, i] = 0.95 * slow[:, i - 1] + math.sqrt(1 - 0.95**2) * slow[:, i]
+    samples["mu"] = slow
+    assert set(failed(samples, stats)) >= {"bulk ESS"}
+    assert not failed(samples, stats, method="elliptical_slice")
+
+
 # -- runs ------------------------------------------------------------------------------------------
 
 
@@ -211,7 +231,7 @@ def test_centred_schools_are_named():
     assert caught[0].filename == __file__
     assert len([w for w in caught if issubclass(w.category, ConvergenceWarning)]) == 1
     assert not run.converged
-    assert run.attributes["convergence"] == str(caught[0].message)
+    assert str(caught[0].message).startswith(run.attributes["convergence"])
     table = run.diagnostics()
     assert "non-centred" in table.advice["divergences"]
 
@@ -235,6 +255,37 @@ def test_a_phase_across_its_border_is_named():
     kernel = HMC(model, jumps=False, step_size=0.1, trajectory_length=1.0)
     with pytest.warns(ConvergenceWarning, match=r"R-hat \d\.\d+ for phase: chains disagree"):
         MCMC(kernel, 50, 20, num_chains=8, init="prior", seed=0, progress=False).run(torch.tensor([-1.0, 0.0]))
+
+
+def test_a_linear_observation_that_the_prior_cannot_make_is_named():
+    flow = mlp_flow(2, torch.float32, ifpyro.Schedule.details_first(power=1))
+    options = {"draws": 8, "sweeps": 3, "exact": False, "progress": False}
+    matrix = torch.tensor([[1.0, 0.5]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        ifpyro.linear_posterior(flow, matrix, torch.tensor([0.5]), 0.5, **options)
+    with pytest.warns(ConvergenceWarning, match="draws miss observation 0 by"):
+        ifpyro.linear_posterior(flow, matrix, torch.tensor([80.0]), 0.5, **options)
+
+
+@pytest.mark.parametrize(("scale", "wide"), [(0.1, True), (1.0, False)])
+def test_a_guide_is_judged_by_its_weights(scale, wide):
+    """The posterior is N(0, 1/2); a guide that is far too narrow has weights with a heavy tail."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(torch.zeros(4), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(mu, 1.0).to_event(1), obs=y)
+
+    def guide(y):
+        pyro.sample("mu", dist.Normal(torch.zeros(4), scale).to_event(1))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        tree = ifpyro.to_arviz(guide, model=model, args=(torch.zeros(4),), progress=False)
+    said = [str(w.message) for w in caught if issubclass(w.category, ConvergenceWarning)]
+    assert (tree.attrs["pareto_k"] > 0.7) == wide
+    assert len(said) == wide
+    assert not said or "the guide may not be trusted: Pareto k" in said[0]
 
 
 def test_what_is_silenced_is_still_known():

@@ -9,6 +9,7 @@ a Gaussian flow alone. The result says which it was.
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...core.arguments import check_count, check_fraction
+from ...core.errors import ConvergenceWarning
 from ...flow.flow import InflationaryFlow
+from ..results.convergence import Verdict, observation_check
 from .linear_densities import AGREEMENT, FromGaussian, FromPrior
 from .linear_observation import LinearObservation
 from .linear_reverse import reverse_process
@@ -138,14 +141,22 @@ def linear_posterior(
             batch_size=batch_size,
             progress=progress,
         )
+        residual = (seen.y[:, None] - seen.forward(x.double()).reshape(len(seen.y), draws, -1)) / seen.sd
+        verdict = Verdict([observation_check(residual)])
+        if not verdict.converged:
+            warnings.warn(verdict.message("linear_posterior's draws"), ConvergenceWarning, stacklevel=2)
         method = f"reverse process, {sweeps} sweeps, noise levels a factor {ratio:g} apart"
         return LinearDraws.of(x.to(flow.dtype).reshape(shape), False, method)
-    found, evidence, methods = [], [], set()
+    found, evidence, methods, troubled = [], [], set(), []
     for row in tqdm(seen.y, disable=not progress, desc="observations"):
-        x, log_evidence, method = _posterior(flow, seen._replace(y=row[None]), draws, generator, batch_size)
+        x, log_evidence, method, trouble = _posterior(flow, seen._replace(y=row[None]), draws, generator, batch_size)
         found.append(x)
+        troubled += [trouble] if trouble else []
         evidence.append(log_evidence)
         methods.add(method)
+    if troubled:
+        said = f"the draws of {len(troubled)} of {len(seen.y)} observations may not be trusted; the first: {troubled[0]}"
+        warnings.warn(said, ConvergenceWarning, stacklevel=2)
     x = torch.stack(found) if found else torch.empty(0, device=flow.device)
     evidences = torch.tensor(evidence, dtype=torch.double).reshape(seen.batch)
     return LinearDraws.of(x.to(flow.dtype).reshape(shape), True, "; ".join(sorted(methods)), evidences)
@@ -153,8 +164,8 @@ def linear_posterior(
 
 def _posterior(
     flow: InflationaryFlow, seen: LinearObservation, draws: int, generator: torch.Generator, batch_size: int
-) -> tuple[Tensor, float, str]:
-    """Flattened draws ``(draws, D)`` given one observation, its log-evidence, and how they were made."""
+) -> tuple[Tensor, float, str, str]:
+    """Flattened draws ``(draws, D)`` given one observation, its log-evidence, how they were made, and what is wrong."""
     particles = ISLANDS * math.ceil(max(draws, PARTICLES) / ISLANDS)
     seed = int(torch.randint(2**31, (), generator=generator, device=generator.device))
     start = _start(flow, seen, generator, batch_size)
@@ -162,7 +173,10 @@ def _posterior(
     def run() -> tuple[SMC, Tensor, Tensor]:
         sampler = SMC(
             start, particles, num_islands=ISLANDS, prior_draws=MOST_PER_PARTICLE, seed=seed, progress=False
-        ).run()
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # all observations are summed up in the end
+            sampler.run()
         q = sampler.positions().flatten(0, 1)
         log_weight = sampler.island_log_evidence.repeat_interleave(particles // ISLANDS)
         if isinstance(start, FromGaussian) and start.evaluations is not None:
@@ -182,7 +196,7 @@ def _posterior(
     log_evidence = float(log_weight.logsumexp(0)) - math.log(particles)
     how = "importance sampling" if sampler.stages[-1].moves == 0 else "tempered SMC"
     origin = "the Gaussian's posterior" if isinstance(start, FromGaussian) else "the prior"
-    return x, log_evidence + start.log_reference, f"{how} from {origin}"
+    return x, log_evidence + start.log_reference, f"{how} from {origin}", sampler.attributes.get("convergence", "")
 
 
 def _start(

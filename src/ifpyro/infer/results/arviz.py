@@ -14,11 +14,15 @@ from typing import Any
 import arviz
 import numpy as np
 import pyro
+import torch
 import xarray
 from torch import Tensor
 
+from ...core.errors import ConvergenceWarning
 from ...core.version import __version__
 from ..model.sites import to_numpy
+from .convergence import PARETO_K
+from .diagnostics import pareto_k
 from .groups import SAMPLE, Groups
 from .read import Result, read_result, rebind
 from .views import View, as_array, values_by_name
@@ -83,6 +87,9 @@ def to_arviz(
     Plates name their dimensions. Replays run in batches that are checked against the run at one draw, and
     fall back to a loop over draws if they differ; the attribute ``replay`` says which was used.
 
+    Draws from a guide are judged by the tail of their importance weights ``lp - log_q`` (Yao, Vehtari, Simpson & Gelman
+    2018): the attribute ``pareto_k``, and above 0.7 a `ifpyro.ConvergenceWarning`.
+
     Args:
         result: Pyro's ``MCMC`` or ``SVI``, a guide (with ``model``), a mapping name -> ``(chains, draws,
             *shape)``, or an engine of this library (protocol: :mod:`ifpyro.infer.results.read`).
@@ -146,12 +153,14 @@ def to_arviz(
             stacklevel=2,
         )
 
+    attributes = dict(read.attributes)
     values = {name: to_numpy(value) for name, value in read.samples.items()}
     stats = dict(read.stats)
     if not view.obstacle and (done := view.posterior(log_likelihood is not False, "lp" not in stats)):
         values |= {name: v for name, v in view.by_chain(values_by_name(done)).items() if name not in values}
         if ("lp", "") in done.arrays:
             stats["lp"] = done.arrays["lp", ""].reshape(read.shape)
+            attributes |= _judged_guide(stats)
         density = {name: v for (what, name), v in done.arrays.items() if what == "log_prob"}
         groups.add("log_likelihood", view.by_chain(density), SAMPLE, view.plates, batch_only=True)
     in_order = [*(n for n in view.plates if n in values), *(n for n in values if n not in view.plates)]
@@ -177,7 +186,23 @@ def to_arviz(
     groups.add("constant_data", constants)
 
     replayed = {"replay": "+".join(dict.fromkeys(view.methods))} if view.methods else {}
-    return _assemble(groups, {**read.attributes, **replayed, **(attrs or {})})
+    return _assemble(groups, {**attributes, **replayed, **(attrs or {})})
+
+
+def _judged_guide(stats: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """How well a guide's draws stand for the posterior, as attributes; nothing for other results."""
+    if "log_q" not in stats:
+        return {}
+    shape = pareto_k(torch.from_numpy((stats["lp"] - stats["log_q"]).astype(np.float64).ravel()))
+    if not shape <= PARETO_K and not np.isnan(shape):
+        warnings.warn(
+            f"the guide may not be trusted: Pareto k {shape:.2f} (at most {PARETO_K}), so that few of its draws stand "
+            "for most of the posterior. To do: train it longer, use a richer guide (AutoMultivariateNormal), or sample "
+            "(ifpyro.SMC)",
+            ConvergenceWarning,
+            stacklevel=3,
+        )
+    return {} if np.isnan(shape) else {"pareto_k": shape}
 
 
 def _check_options(prior: Any, posterior_predictive: Any, predictions: Any, batch_size: Any) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from scipy.special import chdtri
 from torch import Tensor
 
 from ...flow.solver.fidelity import fidelity
@@ -18,6 +19,9 @@ R_HAT, R_HAT_ISLANDS = 1.01, 1.05
 LEAST_ESS, LEAST_SHARE = 100.0, 0.1
 """Fewest effective draws of a quantity, and the least share of the draws that were asked for. Of fewer than 500 draws a
 fifth is enough, since the estimate of so few is itself uncertain."""
+
+SHARES = {"elliptical_slice": 0.01}
+"""Least share where another one holds: a slice is cheap, and moves as far as the data let the prior move."""
 
 FEWEST = 100
 """Draws in all below which nothing is judged."""
@@ -82,10 +86,7 @@ class Verdict(NamedTuple):
         """One sentence for each failed check, and what to do."""
         failed = [check for check in self.checks if not check.passed]
         advice = dict.fromkeys(check.advice for check in failed)
-        return (
-            f"{what} may not be trusted: {'; '.join(check.said for check in failed)}. To do: {'; '.join(advice)}. "
-            "All figures: diagnostics()"
-        )
+        return f"{what} may not be trusted: {'; '.join(check.said for check in failed)}. To do: {'; '.join(advice)}"
 
     def table(self) -> Any:
         """A pandas ``DataFrame`` with one row for each check."""
@@ -106,6 +107,7 @@ def judge(
     samples: Mapping[str, Tensor],
     stats: Mapping[str, Tensor],
     *,
+    method: str = "",
     pareto_k: float | None = None,
     transforms: Mapping[str, Any] | None = None,
 ) -> Verdict:
@@ -115,6 +117,7 @@ def judge(
         samples: site -> draws, ``(chains, draws, *shape)``.
         stats: ``(chains, draws)`` each, under the names of :meth:`ifpyro.infer.results.draws.Draws.sample_stats`; with
             ``log_weight``, chains are islands of particles.
+        method: the attribute ``inference_method`` of the run.
         pareto_k: shape of the tail of importance weights that the draws came from.
         transforms: flow site -> the transform from its latent ``<site>_base``.
     """
@@ -122,7 +125,7 @@ def judge(
     quantities = {name: value for name, value in samples.items() if value.numel() and not value.is_complex()}
     if "lp" in stats:
         quantities["lp"] = stats["lp"]
-    checks = [*_draws(quantities, islands), *_transitions(stats)]
+    checks = [*_draws(quantities, islands, SHARES.get(method, LEAST_SHARE)), *_transitions(stats)]
     if pareto_k is not None and not math.isnan(pareto_k):
         said = f"Pareto k {pareto_k:.2f} (at most {PARETO_K}): few importance weights rule the evidence"
         checks.append(Check("Pareto k", pareto_k, PARETO_K, pareto_k <= PARETO_K, "", said, "use more particles"))
@@ -132,7 +135,28 @@ def judge(
     return Verdict(checks)
 
 
-def _draws(quantities: Mapping[str, Tensor], islands: bool) -> Iterator[Check]:
+def observation_check(residual: Tensor) -> Check:
+    """Do draws of a posterior explain the observations that they were given?
+
+    A draw from the posterior stands to its observation as the truth does, so that the mean square of the residual, in
+    standard deviations of the noise, has the law of ``chi2(m) / m``.
+
+    Args:
+        residual: ``(observations, draws, m)``, in standard deviations of the noise.
+    """
+    observations, _, size = residual.shape
+    if not residual.numel():
+        return Check("misfit", 0.0, 0.0, True)
+    limit = math.sqrt(chdtri(size, 1e-4 / observations) / size)
+    rms = residual.double().square().mean((1, 2)).sqrt().nan_to_num(math.inf)
+    worst = int(rms.argmax())
+    value = float(rms[worst])
+    said = f"draws miss observation {worst} by {value:.2f} standard deviations of the noise (at most {limit:.2f})"
+    advice = "ask whether the flow's prior can make such data and the noise is so small; more sweeps; or ifpyro.SMC"
+    return Check("misfit", value, limit, value <= limit, f"y[{worst}]", said, advice)
+
+
+def _draws(quantities: Mapping[str, Tensor], islands: bool, share: float) -> Iterator[Check]:
     """R-hat and effective sample sizes, or that there are too few draws for these."""
     chains, length = next(iter(quantities.values())).shape[:2]
     total = chains * length
@@ -142,7 +166,7 @@ def _draws(quantities: Mapping[str, Tensor], islands: bool) -> Iterator[Check]:
     yield Check("draws", total, FEWEST, enough, "", said, f"draw at least {SHORTEST} in each and 400 in all")
     if not enough:
         return
-    names, figures = _figures(quantities)
+    names, figures = _figures(quantities, 1 / share)
     infinite = np.isnan(figures.bulk)
     if infinite.any():
         name = names[int(infinite.argmax())]
@@ -151,13 +175,13 @@ def _draws(quantities: Mapping[str, Tensor], islands: bool) -> Iterator[Check]:
     most = np.fmax(R_HAT_ISLANDS if islands else R_HAT, figures.explained)
     said, advice = "R-hat {value:.3f} for {names}: " + what + " disagree (at most {limit:.2f})", _MIX[what]
     yield _worst("R-hat", names, figures.r_hat, most, 1, said, advice)
-    least = np.full(len(names), max(LEAST_SHARE * total, min(LEAST_ESS, total / 5)))
+    least = np.full(len(names), max(share * total, min(LEAST_ESS, total / 5)))
     for name, values in (("bulk ESS", figures.bulk), ("tail ESS", figures.tail)):
         said = name + " {value:.0f} of " + str(total) + " draws for {names} (at least {limit:.0f})"
         yield _worst(name, names, values, least, -1, said, advice)
 
 
-def _figures(quantities: Mapping[str, Tensor]) -> tuple[list[str], Figures]:
+def _figures(quantities: Mapping[str, Tensor], slowest: float) -> tuple[list[str], Figures]:
     """Names of all quantities, such as ``theta[2]``, and their figures; of very many, those that look worst."""
     names: list[str] = []
     columns: list[Figures] = []
@@ -165,7 +189,7 @@ def _figures(quantities: Mapping[str, Tensor]) -> tuple[list[str], Figures]:
         shape = value.shape[2:]
         draws = to_numpy(value).reshape(*value.shape[:2], -1)
         kept = screened(draws)
-        columns.append(convergence_figures(draws[:, :, kept], quantities=draws.shape[2]))
+        columns.append(convergence_figures(draws[:, :, kept], quantities=draws.shape[2], slowest=slowest))
         indices = np.stack(np.unravel_index(kept, shape), 1).tolist() if shape else [[]]
         names += [f"{name}[{', '.join(map(str, index))}]" if index else name for index in indices]
     return names, Figures(*(np.concatenate(column) for column in zip(*columns, strict=True)))

@@ -34,9 +34,6 @@ SHORTEST = 8
 NEGLIGIBLE = 1.005
 """R-hat that needs no explanation."""
 
-SLOWEST = 10.0
-"""Longest autocorrelation time that explains an R-hat: with a longer one, fewer draws count than are asked for."""
-
 _EQUAL = 1e-5  # spread of log-weights that is rounding
 _ITERATIONS = 12
 
@@ -55,7 +52,9 @@ class Figures(NamedTuple):
     chains, and at least `NEGLIGIBLE`; see `convergence_figures`."""
 
 
-def convergence_figures(draws: Array, false_alarms: float = 1e-3, quantities: int | None = None) -> Figures:
+def convergence_figures(
+    draws: Array, false_alarms: float = 1e-3, quantities: int | None = None, slowest: float = 10.0
+) -> Figures:
     """R-hat, bulk and tail ESS of draws ``(chains, draws, columns)``.
 
     Short chains have an R-hat above 1 by chance. If all chains sample the same distribution with an autocorrelation
@@ -65,10 +64,10 @@ def convergence_figures(draws: Array, false_alarms: float = 1e-3, quantities: in
 
     for ``m`` half chains of ``n`` draws. ``explained`` is the quantile of this that one of all ``quantities``, by
     default the columns, exceeds in a share ``false_alarms`` of runs, with ``tau`` measured inside the half chains,
-    where chains that sit in different places do not enter.
+    where chains that sit in different places do not enter. A ``tau`` above ``slowest`` explains no more than that does.
     """
     share = false_alarms / max(1, draws.shape[2] if quantities is None else quantities)
-    parts = [_figures(np.moveaxis(part, -1, 0), share) for part in _chunks(draws)]
+    parts = [_figures(np.moveaxis(part, -1, 0), share, slowest) for part in _chunks(draws)]
     if not parts:
         return Figures(*np.empty((4, 0)))
     return Figures(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -112,13 +111,6 @@ def bulk_ess(draws: Array) -> Array:
     return np.concatenate([np.empty(0), *parts]).reshape(draws.shape[2:])
 
 
-def summary(samples: dict[str, Tensor], **options: Any) -> Any:
-    """``arviz.summary`` of draws ``(chains, draws, *shape)``."""
-    from . import arviz as bridge
-
-    return bridge.arviz.summary(bridge.to_arviz(samples), **options)
-
-
 def pareto_k(log_weight: Tensor) -> float:
     """Shape ``k`` of the generalised Pareto tail of importance weights; above 0.7 they mislead (Vehtari, Simpson,
     Gelman, Yao & Gabry 2024). Not a number where there is no tail to fit.
@@ -153,7 +145,7 @@ def _chunks(draws: Array) -> Iterator[Array]:
         yield draws[:, :, start : start + size].astype(np.float64)
 
 
-def _figures(draws: Array, false_alarms: float) -> Figures:
+def _figures(draws: Array, false_alarms: float, slowest: float) -> Figures:
     """The figures of ``(quantities, chains, draws)``."""
     halves = _halves(draws)
     finite = np.isfinite(draws).all((1, 2))
@@ -168,7 +160,7 @@ def _figures(draws: Array, false_alarms: float) -> Figures:
         explained = np.full(len(draws), NEGLIGIBLE)
         for r_hat, scores in zip(both, (ranks, folded), strict=True):
             rows = (r_hat == both.max(0)) & (r_hat > NEGLIGIBLE)
-            explained[rows] = _explained(scores[rows], false_alarms / 2)
+            explained[rows] = _explained(scores[rows], false_alarms / 2, slowest)
         figures = Figures(np.fmax(*both), _effective(ranks), tail, explained)
     return Figures(*(np.where(finite, values, np.nan) for values in figures))
 
@@ -240,7 +232,7 @@ def _autocorrelation_time(correlation: Array) -> Array:
     return -1 + 2 * np.where(used, monotone, 0.0).sum(1) + np.where(stop > 0, np.maximum(after, 0.0), 1.0)
 
 
-def _explained(draws: Array, false_alarms: float) -> Array:
+def _explained(draws: Array, false_alarms: float, slowest: float) -> Array:
     """The R-hat that agreeing chains exceed with a probability of ``false_alarms``, ``(quantities,)``.
 
     Around its own mean a chain loses the variance of that mean from every autocovariance, which is what is looked for:
@@ -251,7 +243,7 @@ def _explained(draws: Array, false_alarms: float) -> Array:
     of_means = np.zeros((len(draws), 1))
     for _ in range(_ITERATIONS):
         total = covariance[:, :1] + of_means
-        tau = _autocorrelation_time((covariance + of_means) / total)[:, None].clip(1.0, SLOWEST)
+        tau = _autocorrelation_time((covariance + of_means) / total)[:, None].clip(1.0, slowest)
         of_means = total * np.minimum(tau / length, 0.5)
     excess = chdtri(chains - 1, false_alarms) / (chains - 1)
     return np.sqrt((length - 1) / length + (of_means / covariance[:, :1])[:, 0] * excess)

@@ -17,7 +17,6 @@ from ...flow.solver.fidelity import fidelity
 from ..model.batched import resolve_density
 from ..model.density import BatchedDensity
 from ..model.sites import Call, flow_transforms
-from . import diagnostics
 from .convergence import Verdict, judge
 
 D = TypeVar("D", bound="Draws")
@@ -232,7 +231,9 @@ class Draws:
             >>> list(smc.summary().index)
             ['x_base[0]', 'x_base[1]', 'x[0]', 'x[1]']
         """
-        return diagnostics.summary(self.get_samples(group_by_chain=True), **options)
+        from . import arviz as bridge  # takes seconds to import
+
+        return bridge.arviz.summary(bridge.to_arviz(self.get_samples(group_by_chain=True)), **options)
 
     def _verdict(self) -> Verdict:
         """The checks of the draws that there are now."""
@@ -244,7 +245,8 @@ class Draws:
                 sites = {"q": positions}
             maps = flow_transforms(Call(self.model, self.model_args, self.model_kwargs), self.seed)
             maps = {name: transform for name, transform in maps.items() if f"{name}_base" in sites}
-            verdict = judge(sites, self._stats, pareto_k=self.attributes.get("pareto_k"), transforms=maps)
+            facts = {"method": self.attributes.get("inference_method", ""), "pareto_k": self.attributes.get("pareto_k")}
+            verdict = judge(sites, self._stats, transforms=maps, **facts)
             self._judged = positions, verdict
         return self._judged[1]
 
@@ -256,7 +258,7 @@ class Draws:
         self.attributes["converged"] = verdict.converged
         if not verdict.converged:
             self.attributes["convergence"] = text = verdict.message(type(self).__name__)
-            warnings.warn(text, ConvergenceWarning, stacklevel=3)
+            warnings.warn(f"{text}. All figures: diagnostics()", ConvergenceWarning, stacklevel=3)
 
     def _note_batching(self) -> None:
         """Report how the model was evaluated, in `attributes`; a density that is no Pyro model does not say."""
