@@ -281,7 +281,10 @@ def too_narrow(model, seed):
 def test_functions_and_samplers_of_one_data_set():
     found = sbc(model, too_narrow, 60, args=(torch.zeros(2),), progress=False)
     assert {"x[0]", "x[1]"} <= set(found.outside)
-    sampler = sbc(model, lambda model: ifpyro.SMC(model, 64, progress=False), 3, args=(torch.zeros(2),), progress=False)
+    with pytest.warns(ifpyro.ConvergenceWarning, match="^3 of 3 runs may not be trusted; the first: SMC .* 64 draws"):
+        sampler = sbc(
+            model, lambda model: ifpyro.SMC(model, 64, progress=False), 3, args=(torch.zeros(2),), progress=False
+        )
     assert sampler.names == found.names
     assert np.array_equal(sampler.truth, found.truth[:3])  # simulations depend on the seed alone
 

@@ -6,6 +6,7 @@ notices errors that leave all marginals right, such as a posterior that ignores 
 """
 
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ...core.errors import ConvergenceWarning
 from ...core.randomness import seeded
 from ...flow.solver.fidelity import fidelity
 from ...infer.model.examine import check_arguments
@@ -171,19 +173,23 @@ class PyroProblem:
         if hasattr(self.engine, "sample"):
             draws = list(self.engine.sample(density, seed_of(seed, indices[0], ENGINE)))
         else:
+            troubled: list[str] = []
             draws = [
-                self._one(density, {name: value[k] for name, value in data.items()}, seed_of(seed, index, ENGINE))
+                self._one(density, {n: v[k] for n, v in data.items()}, seed_of(seed, index, ENGINE), troubled)
                 for k, index in enumerate(indices)
             ]
+            if troubled:
+                said = f"{len(troubled)} of {len(indices)} runs may not be trusted; the first: {troubled[0]}"
+                warnings.warn(said, ConvergenceWarning, stacklevel=2)
         return [_quantities(density, truth[k], q, k) for k, q in enumerate(draws)]
 
-    def _one(self, density: ManyDataSets, data: dict[str, Tensor], seed: int) -> Tensor:
-        """Unconstrained draws for one data set, ``(chains, draws, dim)``."""
+    def _one(self, density: ManyDataSets, data: dict[str, Tensor], seed: int, troubled: list[str]) -> Tensor:
+        """Unconstrained draws for one data set, ``(chains, draws, dim)``; what is wrong with them goes to a list."""
         conditioned = partial(with_data(self.model, data), *self.args, **self.kwargs)
         with seeded(seed):
             result = call(self.engine, conditioned, seed=seed)
             if hasattr(result, "get_samples"):
-                result = _sampled(result, seed)
+                result = _sampled(result, seed, troubled)
         one_draw = density.sites(density.base.sample_prior(1, torch.Generator().manual_seed(0)))
         # A flow's site may come in place of its latent.
         wanted = [name if name in result else name.removesuffix("_base") for name in density.base.latents]
@@ -232,11 +238,15 @@ def by_chain(draws: Any, truth: Mapping[str, Any]) -> dict[str, Array]:
     return grouped
 
 
-def _sampled(sampler: Any, seed: int) -> dict[str, Array]:
+def _sampled(sampler: Any, seed: int, troubled: list[str]) -> dict[str, Array]:
     """Draws of a sampler that is run here, such as ``ifpyro.SMC(model)`` or Pyro's ``MCMC``."""
     if hasattr(sampler, "seed"):
         sampler.seed = seed
-    sampler.run()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # hundreds of runs are summed up by their caller
+        sampler.run()
+    if not getattr(sampler, "converged", True):
+        troubled.append(sampler.attributes["convergence"])
     chains = int(getattr(sampler, "num_chains", 1))
     samples = {name: to_array(value, f"draws of {name!r}") for name, value in sampler.get_samples().items()}
     return {name: value.reshape(chains, -1, *value.shape[1:]) for name, value in samples.items()}
