@@ -155,7 +155,9 @@ def linear_posterior(
         evidence.append(log_evidence)
         methods.add(method)
     if troubled:
-        said = f"the draws of {len(troubled)} of {len(seen.y)} observations may not be trusted; the first: {troubled[0]}"
+        said = (
+            f"the draws of {len(troubled)} of {len(seen.y)} observations may not be trusted; the first: {troubled[0]}"
+        )
         warnings.warn(said, ConvergenceWarning, stacklevel=2)
     x = torch.stack(found) if found else torch.empty(0, device=flow.device)
     evidences = torch.tensor(evidence, dtype=torch.double).reshape(seen.batch)
@@ -171,9 +173,7 @@ def _posterior(
     start = _start(flow, seen, generator, batch_size)
 
     def run() -> tuple[SMC, Tensor, Tensor]:
-        sampler = SMC(
-            start, particles, num_islands=ISLANDS, prior_draws=MOST_PER_PARTICLE, seed=seed, progress=False
-        )
+        sampler = SMC(start, particles, num_islands=ISLANDS, prior_draws=MOST_PER_PARTICLE, seed=seed, progress=False)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # all observations are summed up in the end
             sampler.run()
