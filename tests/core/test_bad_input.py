@@ -491,6 +491,7 @@ def test_mixtures_of_arrays_and_lists():
 
 
 def test_integers_of_numpy_are_integers():
-    flow = fit(seed=np.int64(3), max_steps=np.int32(2), network={"width": np.int64(8)})()
+    flow = fit(seed=np.int64(3), max_steps=np.int32(2), validation=np.float32(0.2), network={"width": np.int64(8)})()
+    assert flow.report["training"]["validation_rows"] == 12
     assert flow.sample(np.int64(2), seed=np.uint8(1)).shape == (2, 3)
     assert flow.decoder(np.int16(1)).k == 1

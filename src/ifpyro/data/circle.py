@@ -44,7 +44,8 @@ def circular(period: Any = 2 * math.pi, cut: Any = None) -> Circular:
 
     Args:
         period: length of the circle, or one for every column.
-        cut: where a turn begins; by default where the training data are scarcest.
+        cut: where a turn begins; by default where the training data are scarcest (of a flow that is not trained,
+            ``-period / 2``).
 
     Example:
         >>> hours = torch.remainder(1.5 * torch.randn(400, 1), 24.0)  # around midnight

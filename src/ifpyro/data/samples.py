@@ -1,5 +1,6 @@
 """Checking the samples a flow is trained on: every problem gets an error that says where it is and what to do."""
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -144,20 +145,20 @@ def split(x: Tensor, validation: Any, generator: torch.Generator) -> tuple[Tenso
     Raises:
         ValueError: if the fraction is not in (0, 1) or leaves no rows, or held-out rows have another event shape.
     """
-    if isinstance(validation, int | float):
+    if isinstance(validation, Real):
         held_out = held_out_count(len(x), validation)
         order = torch.randperm(len(x), generator=generator).to(x.device)
         return x[order[held_out:]], x[order[:held_out]]
     return x, given_rows(validation, x.shape[1:], x.dtype).to(x.device)
 
 
-def held_out_count(rows: int, fraction: float) -> int:
+def held_out_count(rows: int, fraction: Any) -> int:
     """How many of ``rows`` a fraction holds out, at least one.
 
     Raises:
         ValueError: if the fraction is not in (0, 1).
     """
-    if not 0 < fraction < 1:
+    if isinstance(fraction, bool) or not 0 < fraction < 1:
         raise ValueError(
             f"validation expects a fraction in (0, 1) or held-out rows, got {fraction}; training stops early on "
             "these rows, so some are needed"

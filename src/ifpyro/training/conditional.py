@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def _open(
             "of unequal size with rows of NaN"
         )
     conditions = Conditions.of(c, labels=False if labels is None else labels, sets=sets)
-    if isinstance(validation, int | float):
+    if isinstance(validation, Real):
         held_out = _held_out(c, conditions, validation, torch.Generator().manual_seed(seed)).to(x.device)
         return Pairs(conditions, chart, x[~held_out], c[~held_out], x[held_out], c[held_out])
     if not isinstance(validation, tuple | list) or len(validation) != 2:

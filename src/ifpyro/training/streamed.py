@@ -1,6 +1,7 @@
 """Training data that need not fit into memory: what one pass through them finds."""
 
 import hashlib
+from numbers import Real
 from typing import Any
 
 import torch
@@ -69,7 +70,7 @@ class Streamed:
         if is_uncut(known):
             known = with_cuts(known, source.look(KEPT))
         self.chart = chart_of(known, self.event_shape).to(self.device, self.dtype)
-        fraction = validation if isinstance(validation, int | float) else None
+        fraction = validation if isinstance(validation, Real) else None
         held_out = None if fraction is not None else given_rows(validation, self.event_shape, self.dtype)
         self._share = 0.0 if fraction is None else float(fraction)
         if fraction is not None:

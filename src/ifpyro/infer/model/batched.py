@@ -18,6 +18,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ...core.arguments import check_batch_size
 from ...core.errors import BatchingError, ModelError
 from ...core.messages import warn
 from ...core.precision import full_precision
@@ -87,8 +88,7 @@ class BatchedModel:
     ):
         if batching is not None and batching not in _ORDER:
             raise ValueError(f"batching expects 'plate', 'vmap', 'loop' or None, got {batching!r}")
-        if batch_size is not None and (isinstance(batch_size, bool) or batch_size != int(batch_size) or batch_size < 1):
-            raise ValueError(f"batch_size expects a positive integer or None, got {batch_size!r}")
+        batch_size = check_batch_size(batch_size)
         args, kwargs = tuple(args), dict(kwargs or {})
         check_arguments(model, args, kwargs)
         self._asked, self._batch_size = batching, batch_size
