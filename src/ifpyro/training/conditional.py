@@ -211,8 +211,8 @@ def _open(
             "of unequal size with rows of NaN"
         )
     conditions = Conditions.of(c, labels=False if labels is None else labels, sets=sets)
-    if isinstance(validation, Real):
-        held_out = _held_out(c, conditions, validation, torch.Generator().manual_seed(seed)).to(x.device)
+    if isinstance(validation, Real) and not isinstance(validation, bool):
+        held_out = _held_out(c, conditions, float(validation), torch.Generator().manual_seed(seed)).to(x.device)
         return Pairs(conditions, chart, x[~held_out], c[~held_out], x[held_out], c[held_out])
     if not isinstance(validation, tuple | list) or len(validation) != 2:
         raise ValueError(
