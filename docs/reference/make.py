@@ -29,7 +29,7 @@ GROUPS = {
     "Flows in Pyro": ["FlowTransform", "ConditionalFlowTransform"],
     "What a flow is made of": ["Schedule", "Basis", "Velocity", "MLP", "Grid", "fidelity", "circular"],
     "Posteriors": ["SMC", "MCMC", "HMC", "EllipticalSlice", "linear_posterior", "reparam", "to_arviz"],
-    "Trust": ["check", "CheckResult"],
+    "Trust": ["check", "CheckResult", "ConvergenceWarning"],
     "Many processes, and errors": ["Pool", "IfpyroError", "ModelError", "BatchingError", "PoolError"],
 }
 

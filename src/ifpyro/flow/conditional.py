@@ -69,6 +69,17 @@ class ConditionalFlow(nn.Module):
         coarse_steps: Steps of the cheap map under ``ifpyro.fidelity("coarse")``.
         refinements: Fixed-point iterations a step of the inverse.
         report: What training and checks measured (plain data).
+
+    Example:
+        >>> joint = torch.tensor([[1.0, 0.8], [0.8, 1.0]])  # of x and c: x | c is Normal(0.8 c, 0.6)
+        >>> exact = ifpyro.ConditionalFlow.from_gaussian_mixture(
+        ...     torch.ones(1), torch.zeros(1, 2), joint.unsqueeze(0), given=[1]
+        ... )
+        >>> exact.log_prob(torch.tensor([0.8]), torch.tensor([1.0])), dist.Normal(0.8, 0.6).log_prob(torch.tensor(0.8))
+        (tensor(-0.408), tensor(-0.408))
+        >>> one = exact.given(torch.tensor([1.0]))  # an InflationaryFlow
+        >>> one.sample(1000, seed=0).mean(0)
+        tensor([0.817])
     """
 
     coefficient: Tensor

@@ -203,6 +203,13 @@ class ConditionalFlowTransform(ConditionalTransformModule):
 
     Args:
         flow: The conditional flow.
+
+    Example:
+        >>> joint = torch.tensor([[[1.0, 0.8], [0.8, 1.0]]])
+        >>> exact = ifpyro.ConditionalFlow.from_gaussian_mixture(torch.ones(1), torch.zeros(1, 2), joint, given=[1])
+        >>> transform = exact.transform().condition(torch.tensor([1.0]))
+        >>> transform(torch.zeros(1))  # the centre of x | c = 1
+        tensor([0.800])
     """
 
     bijective = True
