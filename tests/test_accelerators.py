@@ -13,7 +13,6 @@ from pyro.infer import SVI, Trace_ELBO, config_enumerate
 from pyro.infer.autoguide import AutoNormal
 from pyro.optim import ClippedAdam
 from test_devices import image_flow
-from test_training import interrupt_at
 
 import ifpyro
 from denoisers_zoo import exact_denoiser
@@ -27,6 +26,7 @@ from ifpyro.flow.reconstruction import measure
 from ifpyro.flow.solver.grid import Grid
 from ifpyro.infer.model.many import ManyDataSets
 from ifpyro.training import Recipe
+from interruptions import interrupt_at
 
 DEVICE = "cuda"
 pytestmark = [

@@ -75,9 +75,9 @@ def test_few_values_have_a_cut_too(values):
 def test_densities_know_no_turn_and_integrate_to_one():
     flow = mlp_flow(1, torch.double, support=circular(24.0, cut=3.0))
     flow.grid = Grid(8)
-    hours = torch.linspace(3.0, 27.0, 401, dtype=torch.double)[:-1, None] + 0.03
+    hours = torch.linspace(3.0, 27.0, 101, dtype=torch.double)[:-1, None] + 0.12
     density = flow.log_prob(hours).exp()
-    assert float(density.sum() * 24.0 / 400) == pytest.approx(1.0, abs=1e-3)
+    assert float(density.sum() * 24.0 / 100) == pytest.approx(1.0, abs=1e-3)
     for turns in (-2, 5):
         torch.testing.assert_close(flow.log_prob(hours + 24.0 * turns).exp(), density, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(flow.encode(hours + 24.0 * turns), flow.encode(hours), rtol=0, atol=1e-8)

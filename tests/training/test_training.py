@@ -15,6 +15,7 @@ from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.networks.velocity import Velocity
 from ifpyro.training import Recipe
 from ifpyro.training import loop as run
+from interruptions import interrupt_at
 
 QUICK = Recipe(max_steps=60, batch=64, shared=1, rate=2e-3, patience=1_000, check_every=10, matrix_rate=0.02)
 OPTIONS = {"recipe": QUICK, "network": {"width": 16, "blocks": 1, "dropout": 0.1}, "progress": False, "seed": 3}
@@ -43,19 +44,6 @@ def assert_same(a, b):
     for name, value in weights(a).items():
         assert torch.equal(value, weights(b)[name]), name
     assert (a.grid, a.coarse_steps, a.refinements) == (b.grid, b.coarse_steps, b.refinements)
-
-
-def interrupt_at(monkeypatch, call, name="velocity_loss"):
-    """Ctrl-C inside the given call of a function of the training loop."""
-    original, calls = getattr(run, name), []
-
-    def interrupted(*args):
-        calls.append(None)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return original(*args)
-
-    monkeypatch.setattr(run, name, interrupted)
 
 
 def test_a_seed_repeats_the_result_and_leaves_the_global_generator_alone(rows):
