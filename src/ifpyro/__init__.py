@@ -27,12 +27,14 @@ from .training import Recipe, fit
 
 if _TYPE_CHECKING:
     from . import calibration
+    from .amortised.amortise import amortise
     from .checks.checking import check
     from .checks.result import CheckResult
     from .infer.results.arviz import to_arviz
 
 _LATER = {  # what takes seconds to import, and what training and sampling do not need
     "CheckResult": ".checks.result",
+    "amortise": ".amortised.amortise",
     "calibration": ".calibration",
     "check": ".checks.checking",
     "to_arviz": ".infer.results.arviz",
@@ -62,6 +64,7 @@ __all__ = [
     "Recipe",
     "Schedule",
     "Velocity",
+    "amortise",
     "calibration",
     "check",
     "circular",

@@ -11,8 +11,10 @@ from torch import Tensor
 from ..core.arguments import check_seed, check_type, is_integer, is_number
 from ..data.samples import as_samples, to_unconstrained
 from ..data.support import support_to_dict
+from ..flow.conditional import ConditionalFlow
 from ..flow.flow import InflationaryFlow
 from ..flow.tuning import latent_power
+from .conditional import check_pairs
 from .questions import (
     MEASURED_ROWS,
     PAIRS,
@@ -39,9 +41,10 @@ _QUANTILES = 41
 
 
 def check(
-    flow: InflationaryFlow,
+    flow: InflationaryFlow | ConditionalFlow,
     held_out: Any,
     *,
+    condition: Any = None,
     train: Any = None,
     rows: int = 2000,
     level: float = 0.01,
@@ -53,6 +56,8 @@ def check(
     Args:
         flow: the flow.
         held_out: data that training has not seen, neither as samples nor for early stopping: ``(N, *event_shape)``.
+        condition: the conditions of the held-out rows, ``(N, *condition_shape)``, for a conditional flow; what is asked
+            then is told in :mod:`ifpyro.checks.conditional`, and ``train`` does not count.
         train: the training data, for over-fitting and the Gaussian to compare with; without them the figures that
             :func:`ifpyro.fit` left in ``flow.report`` and the flow's own mean and covariance serve.
         rows: most rows used, chosen at random; tests on pairs of rows use at most 1000 of them, numerics and
@@ -75,6 +80,16 @@ def check(
         True
     """
     start = time.perf_counter()
+    if isinstance(flow, ConditionalFlow) != (condition is not None):
+        raise ValueError(
+            "a conditional flow is checked on pairs, check(flow, held_out, condition=c), and another without conditions"
+        )
+    if isinstance(flow, ConditionalFlow):
+        _check_options(rows, level)
+        found = check_pairs(flow, held_out, condition, rows=rows, level=level, seed=seed)
+        if store:
+            flow.report["check"] = found.to_dict()
+        return found
     check_type("check", flow, InflationaryFlow, "a flow and then held-out data")
     _check_options(rows, level)
     seed = check_seed(seed)

@@ -40,6 +40,7 @@ from .metric import cross_fitted_metric
 from .particle_moves import Moved, Mover, Stage
 from .prior_draws import prior_population, suffices, usable
 from .smc_state import SMCState, level_from_plain, level_to_plain, stage_from_plain, stage_to_plain, state_of
+from .started import StartedDensity
 from .tempering import along_a_curve, effective_fraction, next_temperature, systematic_resample
 
 SAVE_EVERY = 30.0
@@ -78,6 +79,11 @@ class SMC(Draws):
         progress: show a progress bar with temperature and evidence.
         pool: the processes among which the particles are divided, ``Pool.join()`` under ``torchrun``; all of them must
             make and run the same sampler, and the first one holds the draws.
+        start: a flow to start from instead of the prior, over the model's unconstrained vector or over the value of its
+            only latent site, such as a conditional flow at the data (``flow.given(y)``). Posterior and evidence are the
+            same; where the flow is near the posterior, far fewer evaluations lead there.
+        defensive: share of the first particles that do not come from ``start`` itself: half from its widened latent,
+            half from the prior.
         checkpoint: a file to which the particles are written about every half minute, at Ctrl-C and at the end. If it
             exists, `run` goes on from it, and ends with what it would have found uninterrupted.
 
@@ -129,6 +135,8 @@ class SMC(Draws):
         progress: bool = True,
         pool: Pool | None = None,
         checkpoint: str | Path | None = None,
+        start: Any = None,
+        defensive: float = 0.1,
     ) -> None:
         check_model(model, "SMC")
         self.model = model
@@ -151,6 +159,7 @@ class SMC(Draws):
         self.max_steps = check_count("max_steps", max_steps, 1)
         check_level(level)
         self.level = level
+        self._start, self._defensive = start, defensive
         super().__init__(seed=seed, batch_size=batch_size, batching=batching, progress=progress, pool=pool)
         self._checkpoint = None if checkpoint is None else check_writable(checkpoint)
         self._state: SMCState | None = None
@@ -175,6 +184,8 @@ class SMC(Draws):
         density = resolve_density(
             self.model, args, kwargs, batching=self._batching, batch_size=self._batch_size, seed=self.seed
         )
+        if self._start is not None:
+            density = StartedDensity(density, self._start, self._defensive)
         with everywhere(density, self._pool) as shared:
             if shared is not None:
                 self.run_density(shared)

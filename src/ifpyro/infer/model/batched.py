@@ -27,6 +27,7 @@ from ...flow.flow import InflationaryFlow
 from .density import BatchedDensity
 from .enumeration import sum_out
 from .examine import Enumerated, Model, Scan, check_arguments, is_about_dtypes, scan
+from .layout import Layout
 from .probe import collect_probes
 from .reparam import reparam
 from .rows import find_rows
@@ -143,6 +144,11 @@ class BatchedModel:
     def latents(self) -> tuple[str, ...]:
         """Names of the latent sites, in the order in which they lie in ``q``."""
         return tuple(self._layout.latents)
+
+    @property
+    def layout(self) -> Layout:
+        """Where its latent sites lie in ``q``."""
+        return self._layout
 
     @property
     def runner(self) -> Runner:
