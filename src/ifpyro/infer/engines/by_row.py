@@ -54,8 +54,11 @@ LEAST_JUMPS = 0.02
 CANDIDATES = 24
 """Prior draws of every object among which it finds its start."""
 
-AGREEMENT = 0.9
-"""Acceptance between chains, object by object, that the guide must reach."""
+AGREEMENT, EVERYWHERE = 0.9, 0.6
+"""Acceptance between chains that the guide must reach, for all objects together and for nearly every one of them."""
+
+LAGS = (1, 2, 3, 5, 8)
+"""How far apart in the batch the chains are that are compared."""
 
 WINDOWS = (0.1, 0.2, 0.4, 0.7)
 """Fractions of the warm-up at which metric and guide are renewed."""
@@ -384,8 +387,10 @@ class ByRow(Kernel[RowState]):
             self._level = level
             guide = state.fine if level == "fine" else self._placed(state.q).guide
             gap = self._terms(state.q, guide) - fine
-            pairs = (gap - gap.roll(1, 0)).clamp(max=0).exp().nan_to_num(0.0)
-            if level == "fine" or float(pairs.mean()) >= AGREEMENT:
+            pairs = torch.stack([gap - gap.roll(k, 0) for k in LAGS]).clamp(max=0).exp().nan_to_num(0.0)
+            objects = pairs.mean((0, 1))
+            agrees = float(objects.mean()) >= AGREEMENT and float(objects.quantile(0.05)) >= EVERYWHERE
+            if level == "fine" or agrees:
                 break
         return state._replace(guide=guide)
 
