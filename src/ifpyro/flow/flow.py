@@ -25,7 +25,6 @@ from torch.distributions.constraints import Constraint
 
 from ..core.arguments import check_integer, check_seed, check_shape, check_type
 from ..core.files import check_writable, write_tensors
-from ..core.precision import full_precision
 from ..data.arrays import as_real
 from ..data.constrained import ChartTransform
 from ..data.parts import chart_of, located
@@ -39,7 +38,6 @@ from .networks.velocity import Velocity
 from .solver.compiled import try_compiled
 from .solver.discrete_map import DiscreteMap, Switches, in_parts
 from .solver.grid import Grid
-from .solver.steps import solve_adaptive
 from .solver.traces import trace_maker
 from .trajectory import participation_ratio, rescaled_path
 
@@ -270,12 +268,15 @@ class InflationaryFlow(nn.Module):
 
     # -- the map ----------------------------------------------------------------------------------------------------
 
-    def encode(self, x: Tensor, *, batch_size: int | None = None) -> Tensor:
+    def encode(self, x: Tensor, *, batch_size: int | None = None, adaptive: float | None = None) -> Tensor:
         """Latent ``z`` of data ``x``: the inverse of :meth:`decode`, to rounding.
 
         Args:
             x: data, ``(*batch, *event_shape)``.
             batch_size: most rows that are solved at once, here and in what follows: it bounds memory.
+            adaptive: a tolerance, such as 1e-6, to which the differential equation itself is solved with adaptive steps
+                instead of the flow's own grid, here and in :meth:`decode`: an independent check of the numerics. The
+                result is not the exact inverse of anything, and rows of a batch influence each other below it.
 
         Raises:
             ValueError: on a wrong event shape.
@@ -286,17 +287,17 @@ class InflationaryFlow(nn.Module):
             tensor([[-0.674,  0.000],
                     [ 0.674,  0.000]])
         """
-        return self._to_latent(x, False, batch_size)[0]
+        return self._to_latent(x, False, batch_size, adaptive)[0]
 
-    def decode(self, z: Tensor, *, batch_size: int | None = None) -> Tensor:
-        """Data ``x`` of latents ``z``.
+    def decode(self, z: Tensor, *, batch_size: int | None = None, adaptive: float | None = None) -> Tensor:
+        """Data ``x`` of latents ``z``; ``adaptive`` as in :meth:`encode`.
 
         Example:
             >>> flow.decode(torch.tensor([[-1.0, 0.0], [1.0, 0.0]]))
             tensor([[-1.150,  0.000],
                     [ 1.150,  0.000]])
         """
-        return self._to_data(z, False, batch_size)[0]
+        return self._to_data(z, False, batch_size, adaptive)[0]
 
     def encode_and_log_det(self, x: Tensor, *, batch_size: int | None = None) -> tuple[Tensor, Tensor]:
         """``z`` and ``log|det dz/dx|`` (shape ``(*batch,)``), in one solve.
@@ -555,27 +556,28 @@ class InflationaryFlow(nn.Module):
         """The velocity in the precision in which it is evaluated."""
         return self.map.evaluated_velocity()
 
-    @full_precision()
-    def solve_adaptive(
-        self, state: Tensor, *, to_data: bool, rtol: float = 1e-6, atol: float = 1e-6, log_det: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """The ODE itself in standardised coordinates ``(n, D)``, by torchdiffeq's adaptive steps: an oracle."""
-        return solve_adaptive(self.velocity, self.angles, state, to_data=to_data, rtol=rtol, atol=atol, log_det=log_det)
-
     # -- internals --------------------------------------------------------------------------------------------------
 
-    def _to_data(self, z: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    def _to_data(
+        self, z: Tensor, with_log_det: bool, batch_size: int | None, adaptive: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         z = self._checked(z, torch.Size([self.latent_dim]), "z")
         batch = z.shape[:-1]
         solve = partial(DiscreteMap.to_data, log_det=with_log_det)
+        if adaptive is not None:
+            solve = partial(DiscreteMap.adaptive, to_data=True, tolerance=adaptive)
         v, log_det = self._solve(solve, z.reshape(-1, self.latent_dim), batch, batch_size)
         free = self.basis.from_standard(v.reshape(*batch, self.latent_dim))
         x, inside = self.chart.constrain(free, with_log_det)
         return x, log_det.reshape(batch) + self.basis.log_det() + inside if with_log_det else log_det
 
-    def _to_latent(self, x: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    def _to_latent(
+        self, x: Tensor, with_log_det: bool, batch_size: int | None, adaptive: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         v, batch, inside = self.standardise(x, with_log_det)
         solve = partial(DiscreteMap.to_latent, log_det=with_log_det)
+        if adaptive is not None:
+            solve = partial(DiscreteMap.adaptive, to_data=False, tolerance=adaptive)
         z, log_det = self._solve(solve, v, batch, batch_size)
         z = z.reshape(*batch, self.latent_dim)
         return z, -(log_det.reshape(batch) + self.basis.log_det() + inside) if with_log_det else log_det

@@ -6,11 +6,11 @@ import torch
 
 from flows_zoo import FLOWS, latents, mixture_flow, mlp_flow
 from ifpyro import Schedule
+from ifpyro.flow.solver.adaptive import solve_adaptive
 from ifpyro.flow.solver.grid import TABLEAUX, Grid
 from ifpyro.flow.solver.inverse import invert
 from ifpyro.flow.solver.steps import (
     build_solver,
-    divergence,
     take,
     take_with_log_det,
     take_with_traces,
@@ -63,9 +63,10 @@ def test_convergence_order(method, to_data):
 def test_adaptive_oracle_agrees_with_the_grid(to_data):
     flow = mixture_flow(2, torch.double, Schedule.details_first(start=0.2))
     y = latents(flow, 20)
-    adaptive, log_det = flow.solve_adaptive(y, to_data=to_data, rtol=1e-8, atol=1e-8, log_det=True)
+    options = {"to_data": to_data, "tolerance": 1e-8}
+    adaptive, log_det = solve_adaptive(flow.velocity, flow.angles, y, log_det=True, **options)
     torch.testing.assert_close(adaptive, solve(flow, y, "dopri5", 200, to_data), rtol=0, atol=1e-5)
-    plain, zeros = flow.solve_adaptive(y, to_data=to_data, rtol=1e-8, atol=1e-8)
+    plain, zeros = solve_adaptive(flow.velocity, flow.angles, y, **options)
     torch.testing.assert_close(plain, adaptive, rtol=0, atol=1e-5)
     assert (zeros == 0).all()
     solver = build_solver(flow.velocity, flow.angles, Grid(200, 1.0, "dopri5"), y)
@@ -74,6 +75,22 @@ def test_adaptive_oracle_agrees_with_the_grid(to_data):
         y, part = take_with_log_det(flow.velocity, step, y)
         total += part
     torch.testing.assert_close(log_det, total, rtol=0, atol=1e-5)
+
+
+def test_users_may_ask_for_a_tolerance():
+    flow = mixture_flow(2, torch.double, Schedule.details_first(start=0.2))
+    flow.grid = Grid(200, 1.0, "dopri5")
+    z = latents(flow, 4)
+    x = flow.decode(z)
+    torch.testing.assert_close(flow.decode(z, adaptive=1e-8), x, rtol=0, atol=1e-5)
+    torch.testing.assert_close(flow.encode(x, adaptive=1e-8), z, rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="adaptive must be a positive number"):
+        flow.decode(z, adaptive=0.0)
+
+
+def divergence(velocity, y, embedding):
+    """The diagonal ``dF_j/dy_j``, ``(n, D)``: weighted by ``theta_j'`` it sums to the divergence."""
+    return velocity_and_jacobian(velocity, y, embedding)[1].diagonal(dim1=-2, dim2=-1)
 
 
 @pytest.mark.parametrize("name", ["mixture 1", "mixture 5", "network 8"])

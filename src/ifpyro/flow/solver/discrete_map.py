@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
-from ...core.arguments import check_batch_size
+from ...core.arguments import check_batch_size, check_positive
 from ...core.precision import full_precision
 from ..axes.schedule import Angles
 from ..networks.autocast import Autocast
 from ..networks.velocity import Velocity
+from .adaptive import solve_adaptive
 from .checkpointing import recompute
 from .compiled import compile_step
 from .cuda_graphs import Recordings
@@ -115,6 +116,12 @@ class DiscreteMap:
         for step in self.steps(z, grid).to_data:
             z = take(velocity, step, z)
         return z
+
+    @full_precision()
+    def adaptive(self, y: Tensor, *, to_data: bool, tolerance: float) -> tuple[Tensor, Tensor]:
+        """The differential equation itself, to a tolerance, from ``(n, D)`` in either direction; and zeros."""
+        tolerance = check_positive("adaptive", tolerance)
+        return solve_adaptive(self.evaluated_velocity(), self.angles, y, to_data=to_data, tolerance=tolerance)
 
     @full_precision()
     def estimate(

@@ -1,4 +1,4 @@
-r"""Solving the flow: Runge-Kutta on a fixed grid, its exact Jacobian, and an adaptive oracle.
+r"""Solving the flow: Runge-Kutta on a fixed grid, and its exact Jacobian.
 
 The state is ``y`` of shape ``(n, D)``; time runs from 0 (data) to 1 (latent). A fixed-grid solve *towards the data* is
 the map ``T`` that a model means when it says "the flow": a composition of steps
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchdiffeq import odeint
 
 from ..axes.schedule import Angles
 from ..networks.velocity import Velocity
@@ -129,54 +128,6 @@ def velocity_and_jacobian(velocity: Velocity, y: Tensor, embedding: Tensor) -> t
     directions = torch.eye(dim, dtype=y.dtype, device=y.device).unsqueeze(-2).expand(dim, *y.shape)
     value, products = velocity.with_products(y, embedding, directions)
     return value, products.movedim(0, -1)
-
-
-def divergence(velocity: Velocity, y: Tensor, embedding: Tensor) -> Tensor:
-    """Per-axis diagonal ``dF_j/dy_j`` of shape ``(n, D)``: weighted by ``theta_j'`` it sums to the divergence."""
-    return velocity_and_jacobian(velocity, y, embedding)[1].diagonal(dim1=-2, dim2=-1)
-
-
-def solve_adaptive(
-    velocity: Velocity,
-    angles: Angles,
-    y: Tensor,
-    *,
-    to_data: bool,
-    rtol: float,
-    atol: float,
-    method: str = "dopri5",
-    log_det: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Solve with torchdiffeq's adaptive steps: the oracle for the fixed grids.
-
-    The step size is shared by the batch, so rows influence each other below the tolerance; use it to check, or to
-    transport points to a stated tolerance, not inside a sampler.
-
-    Returns:
-        The end state ``(n, D)`` and the integrated log-determinant ``(n,)`` (zeros unless ``log_det``).
-    """
-
-    def embed(t: Tensor) -> tuple[Tensor, Tensor]:
-        t = t.reshape(1)
-        return velocity.embed(t)[0], -angles.speed(t)[0].to(y)
-
-    def plain(t: Tensor, state: Tensor) -> Tensor:
-        embedding, rate = embed(t)
-        return rate * velocity(state, embedding)
-
-    def augmented(t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        embedding, rate = embed(t)
-        value, jacobian = velocity_and_jacobian(velocity, state[0], embedding)
-        return rate * value, (rate * jacobian.diagonal(dim1=-2, dim2=-1)).sum(-1)
-
-    ends = (1.0, 0.0) if to_data else (0.0, 1.0)
-    span = torch.tensor(ends, dtype=torch.double, device=y.device)
-    options = {"rtol": rtol, "atol": atol, "method": method}
-    zeros = y.new_zeros(y.shape[:-1])
-    if log_det:
-        states, logs = odeint(augmented, (y, zeros), span, **options)
-        return states[-1], logs[-1]
-    return odeint(plain, y, span, **options)[-1], zeros
 
 
 def _move(y: Tensor, step: Step, weights: tuple[float, ...], values: list[Tensor]) -> Tensor:

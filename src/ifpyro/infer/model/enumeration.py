@@ -28,8 +28,9 @@ from torch import Tensor
 from ...core.errors import ModelError
 from ...flow.solver.steps import is_wrapped
 from .handlers import Evaluate
-from .layout import Layout, is_deterministic
+from .layout import Layout
 from .log_einsum import LogRing
+from .sites import is_deterministic
 
 Model = Callable[..., Any]
 

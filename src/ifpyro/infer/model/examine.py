@@ -18,8 +18,9 @@ from ...core.errors import ModelError
 from ...core.randomness import seeded
 from .enumeration import is_enumerated
 from .handlers import Evaluate, FromVector
-from .layout import LatentSite, Layout, is_deterministic, split_mask, support_tensors
+from .layout import LatentSite, Layout, split_mask, support_tensors
 from .runner import Runner
+from .sites import is_deterministic
 
 Model = Callable[..., Any]
 

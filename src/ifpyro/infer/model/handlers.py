@@ -21,7 +21,8 @@ from torch.distributions import Transform, biject_to
 
 from ...core.errors import BatchingError
 from ...flow.distribution import Decodes
-from .layout import LatentSite, Layout, is_deterministic, scale_and_mask, split_mask
+from .layout import LatentSite, Layout, scale_and_mask, split_mask
+from .sites import is_deterministic
 
 
 class Evaluate(Messenger):

@@ -5,7 +5,7 @@ from math import prod
 from typing import Any
 
 import torch
-from pyro.distributions import Delta, MaskedDistribution
+from pyro.distributions import MaskedDistribution
 from torch import Size, Tensor
 from torch.distributions import Transform, constraints
 
@@ -49,17 +49,6 @@ class Layout:
     def dtype(self) -> torch.dtype:
         """Of ``q``: the widest among the latent sites."""
         return max((site.dtype for site in self.latents.values()), key=lambda dtype: torch.finfo(dtype).bits)
-
-
-def is_deterministic(msg: Any) -> bool:
-    """Whether a message carries a computed value and no density (``pyro.deterministic``, reparameterised)."""
-    fn = msg["fn"]
-    return (
-        msg["is_observed"]
-        and isinstance(fn, MaskedDistribution)
-        and fn._mask is False
-        and isinstance(fn.base_dist, Delta)
-    )
 
 
 def split_mask(fn: Any) -> tuple[Any, Any]:

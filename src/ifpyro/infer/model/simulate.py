@@ -12,7 +12,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ...core.errors import BatchingError, ModelError
-from .layout import is_deterministic
+from .sites import is_deterministic
 
 
 def is_data(msg: Any) -> bool:
