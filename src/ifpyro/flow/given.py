@@ -93,9 +93,11 @@ class GivenFlow(InflationaryFlow):
             )
         super().save(path)
 
-    def _to_data(self, z: Tensor, with_log_det: bool, batch_size: int | None) -> tuple[Tensor, Tensor]:
+    def _to_data(
+        self, z: Tensor, with_log_det: bool, batch_size: int | None, adaptive: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         z = self._checked(z, torch.Size([self.latent_dim]), "z")
-        return super()._to_data(self._spread(z, 1), with_log_det, batch_size)
+        return super()._to_data(self._spread(z, 1), with_log_det, batch_size, adaptive)
 
     def _spread(self, value: Tensor, event_dim: int) -> Tensor:
         """A value for every condition."""
