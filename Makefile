@@ -37,7 +37,7 @@ notebooks: $(VENV)/docs.installed
 bench:
 	$(MAKE) VENV=.venv-bench bench-here
 
-BENCHMARKS := density peers_density posterior peers_posterior truth_mixture numerics solvers guides throughput \
+BENCHMARKS := hierarchy density peers_density posterior peers_posterior truth_mixture numerics solvers guides throughput \
   paper images denoisers precision calibration_sbc calibration_weights calibration_latent calibration_patients
 
 bench-here: $(VENV)/bench.installed

@@ -55,7 +55,7 @@ CANDIDATES = 24
 """Prior draws of every object among which it finds its start."""
 
 AGREEMENT, EVERYWHERE = 0.9, 0.6
-"""Acceptance between chains that the guide must reach, for all objects together and for nearly every one of them."""
+"""Acceptance between chains that the guide must reach, for all objects together and for each of them."""
 
 LAGS = (1, 2, 3, 5, 8)
 """How far apart in the batch the chains are that are compared."""
@@ -389,7 +389,7 @@ class ByRow(Kernel[RowState]):
             gap = self._terms(state.q, guide) - fine
             pairs = torch.stack([gap - gap.roll(k, 0) for k in LAGS]).clamp(max=0).exp().nan_to_num(0.0)
             objects = pairs.mean((0, 1))
-            agrees = float(objects.mean()) >= AGREEMENT and float(objects.quantile(0.05)) >= EVERYWHERE
+            agrees = float(objects.mean()) >= AGREEMENT and float(objects.min()) >= EVERYWHERE
             if level == "fine" or agrees:
                 break
         return state._replace(guide=guide)
