@@ -169,8 +169,23 @@ def table(rows: dict[str, dict[str, Any]]) -> list[str]:
                 f"{row['ess']:.0f} of {row['draws']} | {row['seconds']:.1f} | {row['ess'] / row['seconds']:.1f} | "
                 f"{evidence} | {row.get('batching', '')} |"
             )
+    lines += ["", *evidences(rows)]
     said = [f"* {key}: {row['warned']}" for key, row in sorted(rows.items()) if row.get("warned")]
     return [*lines, "", *(["Warnings:", "", *said] if said else [])]
+
+
+def evidences(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Errors of SMC's log-evidences in their reported standard errors, over seeds, where the exact value is known."""
+    errors: dict[str, list[float]] = {}
+    for key, row in rows.items():
+        if row.get("exact") is not None and "log_evidence" in row:
+            name, variant = key.split("/")[:2]
+            errors.setdefault(f"{name}, {variant}", []).append((row["log_evidence"] - row["exact"]) / row["se"])
+    lines = ["| evidence of | seeds | mean error, se | rms error, se |", "|---|---|---|---|"]
+    for name, found in sorted(errors.items()):
+        rms = math.sqrt(sum(e * e for e in found) / len(found))
+        lines.append(f"| {name} | {len(found)} | {sum(found) / len(found):+.2f} | {rms:.2f} |")
+    return lines if errors else []
 
 
 def run(arguments: argparse.Namespace) -> None:
