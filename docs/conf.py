@@ -1,8 +1,13 @@
 """Sphinx: pages in Markdown, the reference from docstrings, the tutorials from the committed notebooks as they are."""
 
+import re
 import runpy
 import shutil
 from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from latex2mathml.converter import convert
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -15,8 +20,6 @@ release = version = runpy.run_path(str(ROOT / "src/ifpyro/core/version.py"))["__
 extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
-    "sphinx.ext.autosummary",
-    "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
 ]
 exclude_patterns = ["_build", "pictures"]
@@ -41,9 +44,6 @@ autoclass_content = "class"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-autosummary_generate = True
-# Roles in docstrings name modules that the reference does not list; they are shown as code.
-nitpicky = False
 suppress_warnings = ["myst.header", "mystnb.unknown_mime_type"]
 
 
@@ -55,6 +55,33 @@ def _copied(source: Path, target: Path, suffixes: tuple[str, ...]) -> None:
             shutil.copy2(file, target / file.name)
     if (source / "pictures").is_dir():
         shutil.copytree(source / "pictures", target / "pictures", dirs_exist_ok=True)
+
+
+# Formulas become MathML, which browsers render themselves: no script, nothing fetched from elsewhere.
+html_math_renderer = "mathml"
+
+
+def _mathml(latex: str, display: str) -> str:
+    spaced = re.sub(r"\\(sin|cos|tan|arctan|log|exp)(?=[ \\])", r"\\\1\\,", latex)
+    found = str(convert(spaced, display=display))
+    if "<mi>&</mi>" in found:
+        raise ValueError(f"a formula expects LaTeX that latex2mathml knows, got {latex!r}; write it otherwise")
+    return found
+
+
+def _inline(self: Any, node: nodes.math) -> None:
+    self.body.append(_mathml(node.astext(), "inline"))
+    raise nodes.SkipNode
+
+
+def _block(self: Any, node: nodes.math_block) -> None:
+    self.body.append(f'<div class="math" style="overflow-x:auto">{_mathml(node.astext(), "block")}</div>')
+    raise nodes.SkipNode
+
+
+def setup(app: Any) -> None:
+    """Register the formulas' renderer."""
+    app.add_html_math_renderer("mathml", (_inline, None), (_block, None))
 
 
 # What lives elsewhere in the repository and is read in the site: copied before each build, never edited here.
