@@ -180,11 +180,13 @@ def _dataset_fetch(x: Any) -> Callable[[np.ndarray | slice], Any]:
     return fetch
 
 
-def _item_passes(x: Any) -> Callable[[int], Iterator[tuple[int, Any]]]:
+def _item_passes(x: Any, seed: int | None = None) -> Callable[[int], Iterator[tuple[int, Any]]]:
+    """Passes through single items; with a seed they are those of a loader, which draws their order."""
+
     def one_pass(number: int) -> Iterator[tuple[int, Any]]:
         items: list[Any] = []
         start, size = 0, 1  # the first row says how many to read at a time
-        for item in x:
+        for item in x if seed is None else _started(x, seed + number):
             items.append(item)
             if len(items) == size:
                 rows = _stack(items, start)
@@ -198,23 +200,27 @@ def _item_passes(x: Any) -> Callable[[int], Iterator[tuple[int, Any]]]:
 
 def _loader_passes(x: Any, seed: int) -> Callable[[int], Iterator[tuple[int, Any]]]:
     if x.batch_size is None and x.batch_sampler is None:
-        return _item_passes(x)
+        return _item_passes(x, seed)
 
     def one_pass(number: int) -> Iterator[tuple[int, Any]]:
-        # A loader draws its order from torch's global stream when it starts: give it one of its own, so that a pass
-        # can be repeated, and the caller's stream back.
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed + number)
-            batches = iter(x)
-            batch = next(batches, None)
         start = 0
-        while batch is not None:
+        for batch in _started(x, seed + number):
             rows = _event(batch)
             yield start, rows
             start += len(rows)
-            batch = next(batches, None)
 
     return one_pass
+
+
+def _started(loader: Any, seed: int) -> Iterator[Any]:
+    """What a loader yields. It draws its order from torch's global stream when it starts: it gets one of its own, so
+    that a pass can be repeated, and the caller's stream comes back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        items = iter(loader)
+        first = list(itertools.islice(items, 1))
+    yield from first
+    yield from items
 
 
 def _stored_passes(x: Any, seed: int) -> Callable[[int], Iterator[tuple[int, Any]]]:

@@ -25,6 +25,7 @@ from .solver.grid import Grid
 _MOST = 10**6  # of what is counted in a file
 
 
+@torch.inference_mode(False)  # a flow that is loaded inside such a block is of use outside too
 def load_flow(
     path: str | Path,
     *,

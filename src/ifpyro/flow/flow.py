@@ -25,6 +25,7 @@ from torch.distributions.constraints import Constraint
 
 from ..core.arguments import check_integer, check_seed, check_shape, check_type
 from ..core.files import check_writable, write_tensors
+from ..core.messages import warn
 from ..data.arrays import as_real
 from ..data.constrained import ChartTransform
 from ..data.parts import chart_of, located
@@ -160,10 +161,12 @@ class InflationaryFlow(nn.Module):
         self.map = DiscreteMap(
             velocity, angles, grid or Grid(), coarse_steps, Switches(refinements=refinements), frame=basis
         )
+        self._told_of_estimates = False
         self.eval()
         self.requires_grad_(False)
 
     @classmethod
+    @torch.inference_mode(False)  # its tensors would be of no use outside
     def from_gaussian_mixture(
         cls,
         weights: Tensor,
@@ -328,10 +331,22 @@ class InflationaryFlow(nn.Module):
 
         Outside, on the boundary and at infinity its gradient is zero; of NaN it is NaN.
 
+        Exact up to ``exact_up_to`` axes, 128 by default. Beyond, an estimate whose random signs are the same in every
+        call: smooth, repeatable, and off by an amount that grows with the number of axes, often a good part of a nat,
+        and differs from row to row. A warning says so, once for every flow; :meth:`log_prob_estimate` tells the
+        standard error, and ``flow.exact_up_to = flow.latent_dim`` makes it exact, at the price of that many products of
+        the Jacobian in every step.
+
         Example:
             >>> flow.log_prob(torch.tensor([[-1.0, 0.0], [0.0, 0.0]]))
             tensor([-0.229, -4.534])
         """
+        if self.latent_dim > self.exact_up_to and not self._told_of_estimates:
+            self._told_of_estimates = True
+            warn(
+                f"log_prob of a flow of {self.latent_dim} axes is an estimate: log_prob_estimate tells its standard "
+                f"error, and flow.exact_up_to = {self.latent_dim} makes it exact"
+            )
         settled, inside, outside = self._settled(x)
         z, log_det = self.encode_and_log_det(settled, batch_size=batch_size)
         return torch.where(inside, log_normal(z) + log_det, outside)
@@ -619,6 +634,10 @@ class InflationaryFlow(nn.Module):
                 f"expected {name} of shape (*batch, {', '.join(map(str, event))}), got {tuple(value.shape)}"
             )
         return value
+
+    def train(self, mode: bool = True) -> "InflationaryFlow":
+        """Stays as it is: a flow is a fixed map, which dropout that a parent module switches on would make random."""
+        return super().train(False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "InflationaryFlow":
         self.map.clear()  # its tensors have the old dtype and device

@@ -25,6 +25,7 @@ _ROWS = 256  # drawn from the flow to tune the solver, where there are no sample
 _ROWS_AN_AXIS = 4  # for "auto" to take all eigenvectors of the samples' covariance
 
 
+@torch.inference_mode(False)  # tensors made in such a block would be of no use outside
 def from_denoiser(
     denoiser: Any,
     noise: Any = None,

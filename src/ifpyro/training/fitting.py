@@ -8,7 +8,7 @@ from types import NoneType
 from typing import Any, Unpack, overload
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.arguments import check_device, check_seed, check_type, is_integer, is_number
 from ..core.files import check_writable
@@ -42,6 +42,7 @@ def fit(x: Any, *, condition: None = None, **options: Unpack[FitOptions]) -> Inf
 def fit(x: Any, *, condition: Any, **options: Unpack[FitOptions]) -> ConditionalFlow: ...
 
 
+@torch.inference_mode(False)  # inside such a block nothing can be trained
 def fit(
     x: Any,
     *,
@@ -146,6 +147,7 @@ def fit(
     device = check_device(device)
     if checkpoint is not None:
         check_writable(checkpoint)
+    x, validation = (v.clone() if isinstance(v, Tensor) and v.is_inference() else v for v in (x, validation))
     pool = Pool() if pool is None else pool
     progress = progress and pool.rank == 0
     check_dtype(dtype)

@@ -1,6 +1,6 @@
 """Flow-prior sites through their latent: names, shapes, densities, real flows, and Pyro's own NUTS."""
 
-from functools import partial
+from functools import cache, partial
 
 import pyro
 import pyro.distributions as dist
@@ -8,6 +8,7 @@ import pytest
 import torch
 from arviz import ess
 from pyro import poutine
+from pyro.contrib.autoname import scope
 from pyro.infer import MCMC, NUTS
 from pyro.poutine.runtime import _PYRO_STACK
 
@@ -17,6 +18,7 @@ from ifpyro.flow.flow import InflationaryFlow
 from ifpyro.flow.networks.mlp import MLP
 from ifpyro.flow.solver.fidelity import fidelity
 from ifpyro.flow.solver.grid import Grid
+from ifpyro.infer.engines.smc import SMC
 from ifpyro.infer.model.batched import BatchedModel
 from ifpyro.infer.model.density import log_density_and_grad
 from ifpyro.infer.model.reparam import has_flow, reparam
@@ -138,6 +140,204 @@ def test_what_counts_as_a_flow():
 def test_only_models_are_accepted():
     with pytest.raises(TypeError, match="expects a Pyro model"):
         reparam(torch.zeros(3))
+
+
+# -- scales, masks, and transforms around a flow -------------------------------------------------------------
+
+
+@cache
+def two_bumps():
+    """About ``0.4 N(-2, 0.5) + 0.6 N(1, 0.7)``: a flow that is solved in few steps has a density of its own."""
+    variances = torch.tensor([0.5**2, 0.7**2]).reshape(2, 1, 1)
+    flow = InflationaryFlow.from_gaussian_mixture(
+        torch.tensor([0.4, 0.6]), torch.tensor([[-2.0], [1.0]]), variances, grid=Grid(4, method="euler")
+    )
+    return flow.prior()
+
+
+def bumps(prior, y, scale=1.0, mask=None):
+    with poutine.scale(scale=scale), poutine.mask(mask=True if mask is None else mask):
+        x = pyro.sample("x", prior)
+    pyro.sample("y", dist.Normal(x[..., 0], 1.5), obs=y)
+
+
+def by_quadrature(prior, y, power):
+    """Mean and standard deviation of ``p(x)^power N(y; x, 1.5)``."""
+    x = torch.linspace(-10.0, 10.0, 801)
+    log_density = power * prior.log_prob(x[:, None]) + dist.Normal(x, 1.5).log_prob(y)
+    weight = log_density.softmax(0)
+    mean = float(weight @ x)
+    return mean, float((weight @ (x - mean) ** 2).sqrt())
+
+
+@pytest.mark.parametrize("power", [0.3, 3.0, 0.0])
+def test_a_scaled_prior_is_a_power_of_its_density(power):
+    """And not a power of the latent's, which has sd 1.68 at 0.3 and 1.12 at 3. Masked, it is flat."""
+    prior, y = two_bumps(), torch.tensor(-0.5)
+    model = partial(bumps, prior, scale=power) if power else partial(bumps, prior, mask=torch.tensor(False))
+    mean, sd = by_quadrature(prior, y, power)
+    if power in (0.3, 3.0):
+        assert sd == pytest.approx({0.3: 1.38, 3.0: 1.42}[power], abs=0.1)
+    batched = BatchedModel(model, (y,))
+    z = torch.linspace(-5.0, 5.0, 801)[:, None]
+    weight = sum(batched(z)).softmax(0)
+    x = batched.sites(z)["x"][:, 0]
+    found = float(weight @ x)
+    assert found == pytest.approx(mean, abs=2e-3)
+    if power:  # a flat prior reaches beyond the latents looked at
+        assert float((weight @ (x - found) ** 2).sqrt()) == pytest.approx(sd, abs=2e-3)
+
+
+def test_a_scaled_prior_in_smc():
+    prior, y = two_bumps(), torch.tensor(-0.5)
+    mean, sd = by_quadrature(prior, y, 0.3)
+    model = partial(bumps, prior, scale=0.3)
+    x = SMC(model, 256, max_moves=4, seed=2, progress=False).run(y).get_samples()["x"][:, 0]
+    assert float(x.mean()) == pytest.approx(mean, abs=4 * sd / 150**0.5)
+    assert float(x.std()) == pytest.approx(sd, abs=4 * sd / 300**0.5)  # the latent's power would have 1.68
+
+
+SCALED = {
+    "a number": lambda y: bumps(two_bumps(), y, scale=0.3),
+    "a tensor": lambda y: bumps(two_bumps(), y, scale=torch.tensor(2.0)),
+    "around the model": poutine.scale(lambda y: bumps(two_bumps(), y), scale=1.7),
+    "masked": lambda y: bumps(two_bumps(), y, mask=torch.tensor(False)),
+    "masked and scaled": lambda y: bumps(two_bumps().mask(torch.tensor(True)), y, scale=0.5),
+    "in a plate": None,
+}
+
+
+def plated(y):
+    with pyro.plate("rows", 3), poutine.scale(scale=torch.tensor([0.5, 1.0, 2.0])):
+        x = pyro.sample("x", two_bumps().mask(torch.tensor([True, False, True])))
+        pyro.sample("y", dist.Normal(x[..., 0], 1.5), obs=y)
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_the_density_is_pyros_at_the_same_data(name):
+    """In the user's space: ``p(q) = p(x) |dx/dq|`` with the log-density that Pyro's own trace gives at ``x``."""
+    model = SCALED[name] or plated
+    y = torch.tensor(-0.5) if SCALED[name] else torch.tensor([-0.5, 0.2, 1.0])
+    batched = BatchedModel(model, (y,))
+    q = torch.randn(3, batched.dim, generator=generator(1))
+    x = batched.sites(q)["x"]
+    found = sum(batched(q))
+    for k in range(3):
+        conditioned = poutine.condition(model, data={"x": x[k]})
+        with poutine.trace() as tracer:  # an observation and a latent have the same density
+            conditioned(y)
+        z = q[k].reshape(x[k].shape)
+        log_det = two_bumps().transforms[0].log_abs_det_jacobian(z, x[k]).sum()
+        torch.testing.assert_close(found[k], tracer.trace.log_prob_sum() + log_det, rtol=1e-4, atol=1e-4)
+
+
+def test_pyros_own_algorithms_see_the_same_density():
+    """The handlers of Pyro add up to it as well: for NUTS and SVI on ``reparam(model)``."""
+    y = torch.tensor(-0.5)
+    for model in (SCALED["a number"], SCALED["masked"]):
+        batched = BatchedModel(model, (y,))
+        q = batched.sample_prior(3, generator(2))
+        for row, expected in zip(q, sum(batched(q)), strict=True):
+            with poutine.trace() as tracer:
+                poutine.condition(reparam(model), data={"x_base": row})(y)
+            torch.testing.assert_close(tracer.trace.log_prob_sum(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_subsample_repeats_latents_and_not_their_density():
+    """Every row of a subsample stands for others, with latents of their own: nothing is to be completed."""
+
+    def model():
+        with pyro.plate("rows", 10, subsample_size=2, dim=-1):
+            pyro.sample("x", two_bumps())
+
+    nodes = trace(reparam(model)).nodes
+    assert float(nodes["x_base"]["scale"]) == 5.0
+    assert "x_scaled" not in nodes
+
+
+def test_padding_costs_no_log_determinant(monkeypatch):
+    """A mask over entries that matter to nothing: they keep their prior, and the completing factor is never asked."""
+    monkeypatch.setattr("ifpyro.infer.model.reparam.Unit._terms", None)
+    mask = torch.tensor([True, False])
+
+    def model(y):
+        with pyro.plate("rows", 2), poutine.mask(mask=mask):
+            x = pyro.sample("x", two_bumps())
+            pyro.sample("y", dist.Normal(x[..., 0], 1.5), obs=y)
+
+    monkeypatch.undo()
+    batched = BatchedModel(model, (torch.tensor([-0.5, 0.0]),))
+    monkeypatch.setattr("ifpyro.infer.model.reparam.Unit._terms", None)
+    q = torch.randn(4, 2, generator=generator(1))
+    expected = dist.Normal(0.0, 1.0).log_prob(q).sum(-1)
+    torch.testing.assert_close(batched(q)[0], expected)
+    assert batched(q)[1].isfinite().all()
+
+
+AROUND = {
+    "affine": lambda prior: dist.TransformedDistribution(prior, [dist.transforms.AffineTransform(1.0, 2.0)]),
+    "twice": lambda prior: dist.TransformedDistribution(
+        dist.TransformedDistribution(prior, [dist.transforms.AffineTransform(1.0, 2.0)]),
+        [dist.transforms.ExpTransform()],
+    ),
+    "of an event": lambda prior: dist.TransformedDistribution(
+        prior.expand([3]).to_event(1), [dist.transforms.AffineTransform(torch.zeros(3, 1), 2.0, event_dim=2)]
+    ),
+    "an event of it": lambda prior: dist.TransformedDistribution(
+        prior.expand([3]), [dist.transforms.AffineTransform(1.0, 2.0, event_dim=1)]
+    ).to_event(1),
+    "masked": lambda prior: dist.TransformedDistribution(prior, [dist.transforms.ExpTransform()]).mask(True),
+}
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_a_flow_under_other_transforms_is_moved_in_its_latent(name):
+    """Wherever the flow stands, what moves is ``N(0, I)``; the density of what is read is that of the model."""
+    around = AROUND[name](two_bumps())
+
+    def model():
+        pyro.sample("x", around)
+
+    assert has_flow(around)
+    batched = BatchedModel(model)
+    assert batched.gaussian_prior
+    assert batched.latents == ("x_base",)
+    q = batched.sample_prior(4, generator(1))
+    x = batched.sites(q)["x"]
+    assert x.shape == (4, *around.event_shape)
+    torch.testing.assert_close(batched.unconstrain({"x": x}), q, rtol=1e-3, atol=1e-3)
+    flow, z = two_bumps().transforms[0], q.reshape(4, -1, 1)
+    expected = flow(z).reshape(4, *around.event_shape)
+    for transform in around_flow(name):
+        expected = transform(expected)
+    torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
+
+
+def around_flow(name):
+    affine, exponential = dist.transforms.AffineTransform(1.0, 2.0), dist.transforms.ExpTransform()
+    no_shift = dist.transforms.AffineTransform(0.0, 2.0)
+    found = {"twice": [affine, exponential], "masked": [exponential], "of an event": [no_shift]}
+    return found.get(name, [affine])
+
+
+def test_names_under_a_scope_are_prefixed_once():
+    @scope(prefix="part")
+    def model(y):
+        x = pyro.sample("x", two_bumps())
+        pyro.sample("y", dist.Normal(x[..., 0], 1.5), obs=y)
+
+    assert BatchedModel(model, (torch.tensor(0.1),)).latents == ("part/x_base",)
+    assert {"part/x", "part/x_base", "part/y"} <= set(trace(reparam(model), torch.tensor(0.1)).nodes)
+
+
+def test_a_mask_within_an_event_is_refused():
+    inner = two_bumps().expand([2]).mask(torch.tensor([True, False])).to_event(1)
+
+    def model():
+        pyro.sample("x", inner)
+
+    with pytest.raises(ValueError, match=r"site 'x' has a mask inside its event: apply .mask\(...\) after"):
+        BatchedModel(model)
 
 
 # -- real flows --------------------------------------------------------------------------------------------

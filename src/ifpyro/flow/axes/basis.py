@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.moments import mean_and_sd
-from .low_rank import COLLINEAR, Completion, default_rank, leading_axes, orthonormal, signs
+from .low_rank import COLLINEAR, Completion, default_rank, leading_axes, orthonormal, predictive_rank, signs
 from .separable import SeparableAxes, fits, separable_axes
 
 KINDS = ("auto", "pca", "separable", "low_rank", "identity")
@@ -191,7 +191,8 @@ class Basis(nn.Module):
 
         Args:
             x: the samples, ``(N, D)``.
-            rank: number ``r`` of principal axes; by default 256, or fewer for less than four rows or columns an axis.
+            rank: number ``r`` of principal axes; by default that with which a part of the samples predicts the others
+                best, up to 256, or fewer for less than four rows or columns an axis.
             own_units: measure each column in its own standard deviation.
             seed: of the random start.
             sweeps: iterations.
@@ -205,14 +206,14 @@ class Basis(nn.Module):
             (4, 50)
         """
         rows, dim = x.shape
-        rank = default_rank(rows, dim) if rank is None else rank
+        mean, sd = mean_and_sd(x)
+        unit = sd if own_units else torch.ones_like(sd)
+        rank = predictive_rank(x, mean, unit, default_rank(rows, dim), seed=seed) if rank is None else rank
         if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(dim - 1, rows - 2):
             raise ValueError(
                 f"basis 'low_rank' expects between 1 and {min(dim - 1, rows - 2)} principal axes for {rows} rows of "
                 f"{dim} columns, got {rank!r}"
             )
-        mean, sd = mean_and_sd(x)
-        unit = sd if own_units else torch.ones_like(sd)
         rotation, leading = leading_axes(x, mean, unit, rank, seed=seed, sweeps=sweeps)
         left = max(0.0, float((sd / unit).square().sum()) - float(leading.sum())) / (dim - rank)
         scale = torch.cat([leading, leading.new_full((dim - rank,), left)]).sqrt()

@@ -19,6 +19,7 @@ from ...core.randomness import seeded
 from .enumeration import is_enumerated
 from .handlers import Evaluate, FromVector
 from .layout import LatentSite, Layout, split_mask, support_tensors
+from .reparam import SCALED_BASE
 from .runner import Runner
 from .sites import is_deterministic
 
@@ -241,6 +242,12 @@ class MaskProbe(FromVector):
     def __init__(self, layout: Layout, q: Tensor):
         super().__init__(layout, q)
         self.masks: dict[str, Tensor] = {}
+        self.completing: dict[str, str] = {}  # latent site to the factor that completes its masked density
+
+    def _observed(self, msg: Any) -> None:
+        if (base := msg["infer"].get(SCALED_BASE)) is not None:
+            self.completing[base] = msg["name"]
+        super()._observed(msg)
 
     def latent_value(self, msg: Any, site: LatentSite, fn: Any) -> tuple[Tensor, Tensor | None]:
         """As usual, after noting the mask."""
@@ -267,7 +274,8 @@ def irrelevant_masked_sites(runner: Runner, points: Tensor) -> set[str]:
             run: MaskProbe = runner.run(MaskProbe(runner.layout, q))
         for name, mask in run.masks.items():
             site = runner.layout.latents[name]
-            others = [v for k, v in (*run.log_prior.items(), *run.log_likelihood.items()) if k != name]
+            own = (name, run.completing.get(name))
+            others = [v for k, v in (*run.log_prior.items(), *run.log_likelihood.items()) if k not in own]
             joint = sum((v.sum() for v in others), q.sum() * 0)
             (gradient,) = torch.autograd.grad(joint, q, retain_graph=True)
             part = gradient[site.start : site.stop].reshape(*site.batch_shape, -1)

@@ -22,6 +22,7 @@ from torch.distributions import Transform, biject_to
 from ...core.errors import BatchingError
 from ...flow.distribution import Decodes
 from .layout import LatentSite, Layout, scale_and_mask, split_mask
+from .reparam import SCALED_BASE
 from .sites import is_deterministic
 
 
@@ -100,6 +101,10 @@ class Evaluate(Messenger):
 
     def _observed(self, msg: Any) -> None:
         name, fn, value = msg["name"], msg["fn"], msg["value"]
+        if msg["infer"].get(SCALED_BASE) in self.layout.unmasked:
+            fn = fn.unmasked()  # the latent's masked-out entries keep their prior
+            if fn is None:
+                return
         log_prob = fn.log_prob(value, *msg["args"], **msg["kwargs"])
         if name in self.layout.guarded:
             # With bounds that move with the latents, many distributions return finite nonsense outside them.
