@@ -174,6 +174,15 @@ def computed_below(y):
 
 
 @config_enumerate
+def masked_below(y):
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        seen = torch.tensor([True, False, True])
+        pyro.sample("y", dist.Normal(x + k, 1.0), obs=y.expand(3), obs_mask=seen)
+
+
+@config_enumerate
 def undeclared(y):
     k = pyro.sample("k", dist.Bernoulli(0.5 * torch.ones(4)))
     x = pyro.sample("x", dist.Normal(0.0, 1.0))
@@ -192,7 +201,7 @@ def discrete_only(y):
         (unmarked, r"'k' is discrete \(Bernoulli\).*config_enumerate"),
         (config_enumerate(endless), r"'k' is discrete \(Poisson\)"),
         (latent_below, "latent site 'x' depends on discrete latents"),
-        (computed_below, "deterministic site 'loc' depends on discrete latents"),
+        (masked_below, r"site 'y' has an obs_mask and depends on discrete latents.*y\[seen\].*poutine.mask"),
         (poutine.scale(config_enumerate(unmarked), scale=2.0), "'k' is scaled"),
         (undeclared, "every batch dimension must be that of a pyro.plate.*'k'"),
         (discrete_only, "no latent sites"),
@@ -201,3 +210,15 @@ def discrete_only(y):
 def test_what_is_refused(model, message):
     with pytest.raises(ValueError, match=f"(?s){message}"):
         BatchedModel(model, (Y[0],))
+
+
+def test_what_is_computed_from_summed_latents_is_left_out_and_the_rest_stays():
+    """It has no one value; that is no reason to refuse the model."""
+    with pytest.warns(UserWarning, match=r"deterministic sites \['loc'\] depend on discrete latents"):
+        batched = BatchedModel(computed_below, (Y[0],))
+    x = torch.linspace(-2.0, 2.0, 5)[:, None]
+    log_prior, log_likelihood = batched(x)
+    torch.testing.assert_close(log_prior, dist.Normal(0.0, 1.0).log_prob(x[:, 0]))
+    both = torch.stack([dist.Normal(x[:, 0] + k, 1.0).log_prob(Y[0]) for k in (0.0, 1.0)])
+    torch.testing.assert_close(log_likelihood, both.logsumexp(0) - math.log(2))
+    assert set(batched.sites(x)) == {"x"}

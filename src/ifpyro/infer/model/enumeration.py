@@ -26,6 +26,7 @@ from pyro.poutine.trace_struct import Trace
 from torch import Tensor
 
 from ...core.errors import ModelError
+from ...core.messages import warn
 from ...flow.solver.steps import is_wrapped
 from .handlers import Evaluate
 from .layout import Layout
@@ -54,24 +55,24 @@ def sum_out(model: Model, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
         what turns such a model into one without discrete latents. When run, that one raises `ModelError` if a latent
         site depends on them, a scale acts on the sum, or batch dimensions are not declared.
 
-    Raises:
-        ModelError: if a deterministic site depends on the discrete latents.
+    Sites that record what they compute from the discrete latents have no one value: a warning says that they are left
+    out.
     """
     look, again = _Look(), _Look()
     with look:
         model(*args, **kwargs)
     with again, _Enumerate(-look.depth - 2):
         model(*args, **kwargs)
-    for name, shape in look.computed.items():
-        if again.computed.get(name) != shape:
-            raise ModelError(
-                f"deterministic site {name!r} depends on discrete latents that are summed out, so it has no one value; "
-                "leave it out, and compute it afterwards from pyro.infer.infer_discrete"
-            )
+    hidden = frozenset(name for name, shape in look.computed.items() if again.computed.get(name) != shape)
+    if hidden:
+        warn(
+            f"deterministic sites {sorted(hidden)} depend on discrete latents that are summed out: they have no one "
+            "value and are left out of the draws; compute them afterwards from pyro.infer.infer_discrete"
+        )
 
     def summed(original: Model) -> Model:
         def marginal(*args: Any, **kwargs: Any) -> Any:
-            collect = _Collect(look.depth)
+            collect = _Collect(look.depth, hidden)
             with collect, _Enumerate(-look.depth - 2):
                 result = original(*args, **kwargs)
             if collect.names:
@@ -115,21 +116,31 @@ class _Look(Evaluate):
 class _Collect(Messenger):
     """Takes the sites that depend on enumerated ones out of a run and adds them up."""
 
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: int, hidden: frozenset[str] = frozenset()) -> None:
         super().__init__()
-        self.depth = depth
+        self.depth, self.hidden = depth, hidden
         self.names: list[str] = []
         self._trace = Trace()
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
-        if type(fn).__name__ == "_Subsample" or is_deterministic(msg):
+        if type(fn).__name__ == "_Subsample":
+            return
+        if is_deterministic(msg):
+            msg["stop"] = name in self.hidden
             return
         enumerated = msg["infer"].get("_enumerate_dim") is not None
         if not enumerated and _batch_dims(msg) <= self.depth + 1:
             return
         if enumerated:
             self.names.append(name)
+        elif not msg["is_observed"] and name.endswith("_unobserved"):
+            raise ModelError(
+                f"site {name.removesuffix('_unobserved')!r} has an obs_mask and depends on discrete latents to be "
+                "summed out: its missing values would be latents that depend on them. Observe the rows that were seen "
+                "alone, y[seen], or put any valid number where nothing was seen and the statement under "
+                "poutine.mask(mask=seen)"
+            )
         elif not msg["is_observed"]:
             raise ModelError(
                 f"latent site {name!r} depends on discrete latents to be summed out, as only observed sites may. "
@@ -140,7 +151,7 @@ class _Collect(Messenger):
         msg["stop"] = True  # nobody outside sees it
 
     def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["stop"]:
+        if msg["stop"] and not is_deterministic(msg):
             self._trace.add_node(msg["name"], **msg)
 
     def log_sum(self) -> Tensor:

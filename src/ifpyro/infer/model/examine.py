@@ -5,14 +5,16 @@ lean.
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
-from pyro.distributions import Delta
+from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
-from torch.distributions import biject_to, constraints, identity_transform
+from torch.distributions import Transform, biject_to, constraints, identity_transform
 
 from ...core.errors import ModelError
 from ...core.randomness import seeded
@@ -99,8 +101,14 @@ class Scan(Evaluate):
             )
         if isinstance(fn, Delta):
             raise ModelError(f"latent site {name!r} is a Delta, which has no density; use pyro.deterministic instead")
+        if isinstance(innermost(fn), dist.ImproperUniform):
+            raise ModelError(
+                f"latent site {name!r} has an ImproperUniform prior, of which there are no draws, and samplers here "
+                "look at the model at prior draws first, whatever their init; give it a proper prior, as wide as need "
+                "be: Normal(0, 100), or LogNormal(0, 5) for what is positive"
+            )
         try:
-            transform = biject_to(support)
+            transform = Wrap() if isinstance(innermost(fn), dist.VonMises) else biject_to(support)
         except NotImplementedError:
             raise ModelError(
                 f"latent site {name!r} ({_kind(fn)}) has support {support}, for which there is no "
@@ -119,7 +127,7 @@ class Scan(Evaluate):
             start=self.layout.dim,
             dtype=dtype,
             transform=None if support_tensors(support) else transform,
-            is_real=_is_real(support),
+            is_real=_is_real(support) and not isinstance(transform, Wrap),
         )
         self.layout.latents[name] = site
         self.layout.dim = site.stop
@@ -131,10 +139,13 @@ class Scan(Evaluate):
                 f"observed site {name!r}: expected obs to be a tensor, got {type(value).__name__}: "
                 "use torch.as_tensor(obs)"
             )
+        if isinstance(innermost(fn), (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)):
+            return  # there NaN means that nothing was seen
         if value.is_floating_point() and bool(torch.isnan(value).any()):
             raise ModelError(
                 f"observed site {name!r} contains NaN. A mask does not keep NaN out of the gradient: put "
-                "any valid number in place of missing observations and mask them, or leave them out."
+                "any valid number in place of missing observations and mask them, leave them out, or use "
+                "pyro.distributions.NanMaskedNormal."
             )
         fn, own_mask = split_mask(fn)
         try:
@@ -314,11 +325,47 @@ def has_gaussian_prior(runner: Runner, point: Tensor) -> bool:
     return all(run.standard.values())
 
 
+class Wrap(Transform):
+    """A real number as an angle in ``[-pi, pi)``: the density of an angle is the same after every turn, so that a
+    sampler may walk on around the circle."""
+
+    domain = constraints.real
+    codomain = constraints.real
+    bijective = True
+    sign = 1
+
+    def _call(self, x: Tensor) -> Tensor:
+        return x - 2 * math.pi * ((x + math.pi) / (2 * math.pi)).floor()
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return y
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """Zero."""
+        return torch.zeros_like(x)
+
+
+def innermost(fn: Any) -> Any:
+    """A distribution without masks and declarations of its event."""
+    while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
+        fn = fn.base_dist
+    return fn
+
+
 def _support(fn: Any, name: str) -> Any:
     try:
-        return fn.support
+        return _of_components(fn.support)
     except (NotImplementedError, AttributeError):
         raise ModelError(f"latent site {name!r} ({_kind(fn)}) declares no support") from None
+
+
+def _of_components(support: Any) -> Any:
+    """The support of a mixture as that of its components, which share it."""
+    if isinstance(support, constraints.independent):
+        return constraints.independent(_of_components(support.base_constraint), support.reinterpreted_batch_ndims)
+    if type(support).__name__ == "MixtureSameFamilyConstraint" and not support_tensors(support.base_constraint):
+        return support.base_constraint
+    return support
 
 
 def _is_real(support: Any) -> bool:
