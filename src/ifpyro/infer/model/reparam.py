@@ -30,7 +30,6 @@ from torch.distributions import ComposeTransform, Independent, TransformedDistri
 from ...core.errors import ModelError
 from ...flow.flow import InflationaryFlow
 
-
 SCALED_BASE = "_ifpyro_scaled_base"
 """Under this key the ``infer`` of a factor names the latent whose scaled or masked density it completes."""
 
