@@ -15,6 +15,13 @@ Plates = Mapping[str, Mapping[int, str]]
 """Variable -> axis -> plate name."""
 
 
+def plain_name(name: str) -> str:
+    """A site's name as files and ArviZ allow it: the slashes of scopes become dots, and a site that bears the name of
+    ArviZ's own dimensions gets an underscore."""
+    name = name.replace("/", ".")
+    return f"{name}_" if name in SAMPLE else name
+
+
 class Groups:
     """Datasets by group name, under one choice of dimensions and coordinates."""
 
@@ -23,7 +30,9 @@ class Groups:
         dims: Mapping[str, Sequence[str | None]] | None = None,
         coords: Mapping[str, Sequence[Any]] | None = None,
     ) -> None:
-        self.dims = {name: [asked] if isinstance(asked, str) else list(asked) for name, asked in (dims or {}).items()}
+        self.dims = {
+            plain_name(name): [asked] if isinstance(asked, str) else list(asked) for name, asked in (dims or {}).items()
+        }
         self.coords = dict(coords or {})
         self.datasets: dict[str, xarray.Dataset] = {}
 
@@ -49,6 +58,11 @@ class Groups:
         """
         if not arrays:
             return
+        arrays = {plain_name(name): array for name, array in arrays.items()}
+        plates = {
+            plain_name(name): {axis: plain_name(plate) for axis, plate in axes.items()}
+            for name, axes in (plates or {}).items()
+        }
         # A dimension that bears the name of a variable would be taken for its coordinate.
         taken = {*lead, *arrays}
         sizes: dict[str, int] = {}
@@ -57,7 +71,7 @@ class Groups:
             first, shape = lead[: array.ndim], array.shape[len(lead) :]
             axes: list[str | None] = []
             for axis, size in enumerate(shape):
-                plate = (plates or {}).get(name, {}).get(axis)
+                plate = plates.get(name, {}).get(axis)
                 fits = plate is not None and plate not in taken | set(axes) and sizes.get(plate, size) == size
                 axes.append(plate if fits else None)
             names = [*first, *self._named(name, axes, batch_only)]

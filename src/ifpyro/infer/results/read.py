@@ -26,7 +26,7 @@ from pyro.infer import HMC, MCMC, NUTS, SVI
 from pyro.poutine.messenger import unwrap
 from torch import Tensor
 
-from ..model.replay import replay
+from ..model.replay import describe, replay
 from ..model.sites import Call
 
 
@@ -154,8 +154,18 @@ def _from_protocol(
 def _from_guide(
     guide: Callable[..., Any], call: Call, num_samples: int, seed: int, batch_size: int | None, progress: bool
 ) -> Result:
+    told = Call(guide, call.args, call.kwargs)
+    sites, partial = describe(told, seed=seed)
+    local = sorted(
+        s.name for s in sites.values() if s.kind == "latent" and not s.auxiliary and partial & set(s.plates.values())
+    )
+    if local:
+        raise ValueError(
+            f"plates {sorted(partial)} of the guide show another part of their data in every run, so that draws of "
+            f"{local} would mix rows up: pass args= under which the guide and model=... see all of it"
+        )
     drawn = replay(
-        Call(guide, call.args, call.kwargs),
+        told,
         {},
         num_samples,
         wanted=lambda site: site.kind == "latent" and not site.auxiliary,
