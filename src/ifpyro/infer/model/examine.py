@@ -14,7 +14,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import Delta, MaskedDistribution
 from torch import Tensor
-from torch.distributions import Transform, biject_to, constraints, identity_transform
+from torch.distributions import biject_to, constraints, identity_transform
 
 from ...core.errors import ModelError
 from ...core.randomness import seeded
@@ -108,7 +108,7 @@ class Scan(Evaluate):
                 "be: Normal(0, 100), or LogNormal(0, 5) for what is positive"
             )
         try:
-            transform = Wrap() if isinstance(innermost(fn), dist.VonMises) else biject_to(support)
+            transform = biject_to(support)
         except NotImplementedError:
             raise ModelError(
                 f"latent site {name!r} ({_kind(fn)}) has support {support}, for which there is no "
@@ -127,7 +127,7 @@ class Scan(Evaluate):
             start=self.layout.dim,
             dtype=dtype,
             transform=None if support_tensors(support) else transform,
-            is_real=_is_real(support) and not isinstance(transform, Wrap),
+            is_real=_is_real(support),
         )
         self.layout.latents[name] = site
         self.layout.dim = site.stop
@@ -325,26 +325,6 @@ def has_gaussian_prior(runner: Runner, point: Tensor) -> bool:
     return all(run.standard.values())
 
 
-class Wrap(Transform):
-    """A real number as an angle in ``[-pi, pi)``: the density of an angle is the same after every turn, so that a
-    sampler may walk on around the circle."""
-
-    domain = constraints.real
-    codomain = constraints.real
-    bijective = True
-    sign = 1
-
-    def _call(self, x: Tensor) -> Tensor:
-        return x - 2 * math.pi * ((x + math.pi) / (2 * math.pi)).floor()
-
-    def _inverse(self, y: Tensor) -> Tensor:
-        return y
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """Zero."""
-        return torch.zeros_like(x)
-
-
 def innermost(fn: Any) -> Any:
     """A distribution without masks and declarations of its event."""
     while isinstance(fn, (torch.distributions.Independent, MaskedDistribution)):
@@ -353,6 +333,9 @@ def innermost(fn: Any) -> Any:
 
 
 def _support(fn: Any, name: str) -> Any:
+    if isinstance(innermost(fn), dist.VonMises):
+        # It declares all real numbers, on which its periodic density is improper; its draws lie on one turn.
+        return constraints.independent(constraints.interval(-math.pi, math.pi), len(fn.event_shape))
     try:
         return _of_components(fn.support)
     except (NotImplementedError, AttributeError):
