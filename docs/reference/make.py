@@ -28,7 +28,7 @@ GROUPS = {
     "Training": ["Recipe"],
     "Flows in Pyro": ["FlowTransform", "ConditionalFlowTransform"],
     "What a flow is made of": ["Schedule", "Basis", "Velocity", "MLP", "Grid", "fidelity", "circular"],
-    "Posteriors": ["SMC", "MCMC", "HMC", "EllipticalSlice", "linear_posterior", "reparam", "to_arviz"],
+    "Posteriors": ["SMC", "MCMC", "HMC", "EllipticalSlice", "linear_posterior", "amortise", "reparam", "to_arviz"],
     "Trust": ["check", "CheckResult", "ConvergenceWarning"],
     "Many processes, and errors": ["Pool", "IfpyroError", "ModelError", "BatchingError", "PoolError"],
 }
