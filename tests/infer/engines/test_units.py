@@ -5,6 +5,8 @@ import torch
 
 from exact_densities import conjugate
 from ifpyro.infer import HMC, MCMC, SMC
+from ifpyro.infer.engines.guided_density import Target
+from ifpyro.infer.engines.jumps import IndependenceProposal
 from ifpyro.infer.engines.metric import metric_from_draws, prior_metric
 from regressions import InUnits, calendar, summers
 
@@ -83,11 +85,22 @@ def test_prior_metric_has_the_scales_of_the_prior():
     assert ((scale / UNITS > 0.6) & (scale / UNITS < 1.5)).all()
 
 
+def test_proposals_follow_a_ridge():
+    """Kernels around the draws of a ridge as narrow as the ridge: its draws are accepted."""
+    problem = conjugate()
+    z = torch.randn(400, 4, generator=generator(), dtype=torch.float64)
+    ridge = z.clone()
+    ridge[:, 1] = z[:, 0] + 1e-5 * z[:, 1]
+    drawn = IndependenceProposal(ridge, Target(problem)).sample(1000, generator(1))
+    inside = (drawn[:, 1] - drawn[:, 0]).abs() < 4e-5
+    assert float(inside.double().mean()) > 0.8  # but for the tenth from the prior
+
+
 @pytest.mark.parametrize("make", [calendar, summers])
 def test_columns_that_nobody_centred(make):
     problem = make()
     smc = SMC(problem, 512, seed=1, progress=False).run()
     draws = smc.pooled(512)[:, :-1].double().numpy()
-    assert abs(smc.log_evidence - problem.log_evidence) < 3.0  # 28 without a metric free of units
+    assert abs(smc.log_evidence - problem.log_evidence) < 4 * smc.log_evidence_se < 1.0
     assert (abs(draws.mean(0) - problem.posterior_mean) / problem.posterior_sd).max() < 0.2
     assert abs(draws.std(0) / problem.posterior_sd - 1).max() < 0.15

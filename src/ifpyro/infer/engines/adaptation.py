@@ -48,6 +48,9 @@ LEAST_ACCEPTANCE = 0.02
 SPREAD = 0.3
 """Standard deviation of the logarithm of the particles' steps."""
 
+SHORT_SHARE, SHORTEST = 0.5, 0.03
+"""Share of the particles that make short steps where some are slow, and the shortest step in that of the others."""
+
 GAIN = 0.4
 """How far one move shifts the logarithm of their common step, in units of the slope."""
 
@@ -116,16 +119,31 @@ class SpreadSteps:
     def __init__(self, step_size: float) -> None:
         self.step_size = step_size
 
-    def draw(self, num: int, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
-        """The steps of ``num`` particles, ``(num, 1)``."""
+    def draw(self, num: int, generator: torch.Generator, dtype: torch.dtype, *, short: bool = False) -> Tensor:
+        """The steps of ``num`` particles, ``(num, 1)``.
+
+        Args:
+            num: how many.
+            generator: source of the randomness.
+            dtype: of the steps.
+            short: whether half of them, drawn anew each time, are to be shorter by up to `SHORTEST`: for particles in
+                a place much narrower than the rest. They have no say in the common step.
+        """
         options = {"generator": generator, "device": generator.device, "dtype": dtype}
         self._z = torch.randn(num, 1, **options)  # type: ignore[call-overload]
-        return self.step_size * (SPREAD * self._z).exp()
+        self._usual = torch.ones_like(self._z[:, 0], dtype=torch.bool)
+        log_step = SPREAD * self._z
+        if short:
+            uniform, depth = torch.rand(2, num, 1, **options)  # type: ignore[call-overload]
+            self._usual = uniform[:, 0] >= SHORT_SHARE
+            log_step = torch.where(self._usual[:, None], log_step, math.log(SHORTEST) * depth)
+        return self.step_size * log_step.exp()
 
     def update(self, acceptance: Tensor, num_steps: int) -> None:
         """Take in the acceptance probabilities ``(num,)`` of a move of so many leapfrog steps with the steps drawn
         last."""
-        z = self._z[:, 0] - self._z.mean()  # a constant acceptance has no slope
+        acceptance, z = acceptance[self._usual], self._z[self._usual, 0]
+        z = z - z.mean()  # a constant acceptance has no slope
         mean = float(acceptance.mean())
         slope = float((acceptance * z).mean()) / (SPREAD * mean) if mean > LEAST_ACCEPTANCE else -2.0
         ascent = max(-2.0, slope) + num_steps / (num_steps + FINE_COST)

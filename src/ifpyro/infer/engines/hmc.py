@@ -25,7 +25,7 @@ from .adaptation import DualAveraging, TrajectoryLength, harmonic_mean
 from .by_row import ByRow, has_rows
 from .guided_density import Target
 from .hamiltonian import Info, State
-from .jumps import LEAST_JUMPS, MAX_DIM, GroupedProposal, IndependenceProposal, Proposal, jump, worthwhile_steps
+from .jumps import LEAST_JUMPS, MAX_DIM, IndependenceProposal, jump, worthwhile_steps
 from .kernel import SHORT, Kernel, Stats
 from .metric import Metric, grouped_metric, metric_from_draws, prior_metric
 from .smc import SMC
@@ -107,7 +107,7 @@ class HMC(Kernel[State]):
         """See `Kernel.begin`. Step, length and metric start from those of the particles if there are any."""
         self._target, self._generator = target, generator
         step_size, length = q.shape[1] ** -0.25, 1.5
-        self._proposal: Proposal | None = None
+        self._proposal: IndependenceProposal | None = None
         if particles is None:
             self._metric = Metric(prior_metric(target.density, len(q), generator).scale.to(q.dtype))
         else:
@@ -228,9 +228,8 @@ class HMC(Kernel[State]):
     def _may_jump(self, q: Tensor) -> bool:
         return self.jumps and q.shape[1] <= MAX_DIM
 
-    def _fit_proposal(self, draws: Sequence[Tensor]) -> Proposal:
-        several = len(draws) > 1
-        return GroupedProposal(draws, self._target) if several else IndependenceProposal(draws[0], self._target)
+    def _fit_proposal(self, draws: Sequence[Tensor]) -> IndependenceProposal:
+        return IndependenceProposal(draws, self._target)
 
     def _fit_metric(self, draws: Sequence[Tensor]) -> Metric:
         dense = {"auto": None, "dense": True, "diagonal": False}[self.metric]

@@ -55,7 +55,7 @@ class Metric(NamedTuple):
         return apply(rows.reshape(len(self.scale), -1, rows.shape[-1]), self.scale).reshape(rows.shape)
 
 
-def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | None = None) -> Metric:
+def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | None = None, alike: int = 1) -> Metric:
     """The metric that whitens weighted draws, whatever the units of their axes.
 
     Every axis is measured by its own standard deviation first; the correlation that remains is pulled towards no
@@ -67,11 +67,12 @@ def metric_from_draws(q: Tensor, weight: Tensor | None = None, *, dense: bool | 
         weight: non-negative weights, ``(n,)``; equal if left out.
         dense: a full covariance or only its diagonal; by default full when the draws can carry it, that is
             when their effective number is at least ``2 dim``.
+        alike: runs of so many draws count as one: states of one chain.
     """
     num, dim = q.shape
     x = q.double()
     weight = torch.full_like(x[:, 0], 1.0 / num) if weight is None else weight.double() / weight.double().sum()
-    effective = float(1.0 / weight.square().sum())
+    effective = float(1.0 / weight.square().sum()) / alike
     centred = x - weight @ x
     variance = weight @ centred.square()
     # An axis on which all weighted draws agree (resampled copies) would freeze. What holds it is its own spread
@@ -127,7 +128,7 @@ def grouped_metric(draws: Sequence[Tensor], *, dense: bool | None = None) -> Met
     return _stack([metric_from_draws(q, dense=dense) for q in draws])
 
 
-def cross_fitted_metric(q: Tensor, weight: Tensor, groups: int, families: int = 1) -> Metric:
+def cross_fitted_metric(q: Tensor, weight: Tensor, groups: int, families: int = 1, alike: int = 1) -> Metric:
     """For each group of consecutive draws the metric that whitens *the others*.
 
     Draws moved under a metric that was fitted to themselves move too little where they happen to lie close
@@ -140,11 +141,12 @@ def cross_fitted_metric(q: Tensor, weight: Tensor, groups: int, families: int = 
         weight: non-negative weights, ``(n,)``.
         groups: how many groups, at least 2 in each family.
         families: equal runs of groups with different targets: the others are those of the same family.
+        alike: see `metric_from_draws`.
     """
     each, size = groups // families, len(q) // groups
     others = [torch.arange(each * size, device=q.device) // size != group for group in range(each)]
     pairs = list(zip(q.chunk(families), weight.chunk(families), strict=True))
-    return _stack([metric_from_draws(draws[rows], mass[rows]) for draws, mass in pairs for rows in others])
+    return _stack([metric_from_draws(draws[rows], mass[rows], alike=alike) for draws, mass in pairs for rows in others])
 
 
 def _stack(metrics: Sequence[Metric]) -> Metric:

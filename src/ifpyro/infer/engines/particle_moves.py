@@ -13,15 +13,30 @@ from ...flow.solver.fidelity import Level
 from . import hamiltonian
 from .adaptation import SpreadSteps, TrajectoryLength
 from .guided_density import Target, Value
-from .hamiltonian import Info
+from .hamiltonian import Info, State
 from .jumps import MAX_DIM, cross_fitted_proposal, jump, worthwhile_steps
 from .metric import Metric
+from .prior_draws import Population, usable
+from .tempering import next_temperature
+
+REFIT = 3
+"""Moves after which jumps are fitted anew, to where the particles have come."""
+
+PATIENT = (2, 4)
+"""Moves after which half of the particles, drawn anew each time, try short steps, since some may be in a narrow place:
+with jumps, and without, which is in many dimensions, where all steps cost alike and short ones bring little."""
 
 MIN_MOVES = 4
 """Moves made at every temperature: stopping at the first low correlation would pick the lucky ones."""
 
-CORRELATION = 0.1
-"""Correlation with the start of a temperature at which its moves stop."""
+DRIFT = 1.5
+"""Standard errors by which the weight to come may differ between the later and the earlier half of the moves."""
+
+SETTLED = 6
+"""Moves from which the first third of the states is left out of the particles."""
+
+REDUNDANCY = (0.3, 0.4)
+"""Variance of the means over chains, in that of single states, at which moves stop: with jumps, and without."""
 
 WORTH_JUMPING = 0.05
 """Acceptance of jumps below which they are dropped: resampling moves mass between modes anyway."""
@@ -42,9 +57,9 @@ class Stage(NamedTuple):
     """Mean acceptance of the Hamiltonian moves."""
     jumps: float
     """Mean acceptance of the independence jumps; 0 where they were dropped."""
-    correlation: float
-    """Correlation of the particles with where they stood before the moves: root mean square over axes, or
-    that of the log-likelihood if larger."""
+    redundancy: float
+    """Variance of the means over chains in that of single states: of position, log-likelihood or next weight, the
+    largest."""
     level: Level
     """Fidelity of the guide."""
 
@@ -54,6 +69,8 @@ class Moved(NamedTuple):
 
     q: Tensor
     fine: Value
+    pool: Population
+    """All states that the moves have visited, those of a particle in a row."""
     info: Info
     """Of the last move."""
     stage: Stage
@@ -90,13 +107,15 @@ class Mover:
         invariant."""
         self.target.choose_level(q, fine, beta)
         state = hamiltonian.start(self.target, q, fine, beta)
-        origin = metric.whiten(q)
-        history: list[float] = []
-        families = self.target.families
+        centre = q.mean(0)  # the groups' metrics differ: far from the origin their coordinates have nothing in common
+        trail = Trail(metric.whiten(q - centre), fine.log_likelihood, self.target.families, beta)
+        visited: list[State] = []
         steps, acceptance, jumps = 0, 0.0, 0.0
         self.jumping &= q.shape[1] <= MAX_DIM
         proposal = cross_fitted_proposal(q, self.groups, self.target) if self.jumping else None
         for move in range(self.max_moves):
+            if proposal is not None and move and move % REFIT == 0:
+                proposal = cross_fitted_proposal(state.q, self.groups, self.target)
             if proposal is not None:
                 state, accepted = jump(self.target, state, proposal, self.generator, beta)
                 jumps += float(accepted.mean())
@@ -105,34 +124,47 @@ class Mover:
             most = self.max_steps if proposal is None else worthwhile_steps(jumps / (move + 1), self.max_steps)
             jitter, step_size = self.length.jitter(move), self.step.step_size
             num_steps = self.length.num_steps(step_size, jitter, most)
-            before = metric.whiten(state.q)
+            before = metric.whiten(state.q - centre)
             state, info = hamiltonian.transition(
                 self.target,
                 state,
-                step_size=self.step.draw(len(q), self.generator, q.dtype),
+                step_size=self.step.draw(len(q), self.generator, q.dtype, short=move >= PATIENT[proposal is None]),
                 num_steps=num_steps,
                 metric=metric,
                 generator=self.generator,
                 beta=beta,
             )
-            after = metric.whiten(info.proposal)
+            after = metric.whiten(info.proposal - centre)
             self.length.update(before, after, info.velocity, info.guide_acceptance, jitter, step_size)
             self.step.update(info.guide_acceptance, num_steps)
             steps += num_steps
             acceptance += float(info.acceptance.mean())
-            history.append(
-                max(
-                    _correlation(origin, metric.whiten(state.q), families),
-                    _correlation(fine.log_likelihood[:, None], state.fine.log_likelihood[:, None], families),
-                )
-            )
-            if _decorrelated(history, len(q) // families):
+            visited.append(state)
+            trail.add(metric.whiten(state.q - centre), state.fine.log_likelihood)
+            if trail.suffices(REDUNDANCY[proposal is None]):
                 break
-        moves = len(history)
+        moves = len(visited)
+        if moves >= SETTLED:
+            visited = visited[moves // 3 :]
         stage = Stage(
-            beta, moves, self.step.step_size, steps, acceptance / moves, jumps / moves, history[-1], self.target.level
+            beta,
+            moves,
+            self.step.step_size,
+            steps,
+            acceptance / moves,
+            jumps / moves,
+            trail.history[-1],
+            self.target.level,
         )
-        return Moved(state.q, state.fine, info, stage)
+        pool = Population(
+            torch.stack([each.q for each in visited], 1).flatten(0, 1),
+            Value(
+                torch.stack([each.fine.log_prior for each in visited], 1).flatten(),
+                torch.stack([each.fine.log_likelihood for each in visited], 1).flatten(),
+            ),
+            len(visited),
+        )
+        return Moved(state.q, state.fine, pool, info, stage)
 
     @staticmethod
     def stay(q: Tensor, fine: Value) -> Moved:
@@ -140,27 +172,70 @@ class Mover:
         lp = fine.tempered(1.0)
         one, zero, no = torch.ones_like(lp), torch.zeros_like(lp), torch.zeros_like(lp, dtype=torch.bool)
         info = Info(one, one, ~no, no, -lp, zero, 0, q, torch.zeros_like(q))
-        return Moved(q, fine, info, Stage(1.0, 0, math.nan, 0, 1.0, 0.0, 0.0, "fine"))
+        return Moved(q, fine, Population(q, fine, 1), info, Stage(1.0, 0, math.nan, 0, 1.0, 0.0, 0.0, "fine"))
 
 
-def _correlation(origin: Tensor, now: Tensor, families: int) -> float:
-    """Root mean square over columns and families of the correlation, over rows, between two populations."""
-    a, b = (x.reshape(families, -1, x.shape[1]) for x in (origin, now))
-    a, b = a - a.mean(1, keepdim=True), b - b.mean(1, keepdim=True)
-    product = (a * b).mean(1).square()
-    return float((product / (a.square().mean(1) * b.square().mean(1)).clamp_min(1e-30)).mean().sqrt())
+class Trail:
+    """What the particles' moves have visited so far, and whether it is enough.
 
-
-def _decorrelated(history: list[float], num_particles: int) -> bool:
-    """Whether to stop moving: little correlation is left, or three moves in a row hardly lowered it.
-
-    Moving less looks harmless and is not: particles that keep their log-likelihood carry their weights' luck
-    from one temperature to the next, and every island then misses the evidence alike, so that their
-    spread does not show it. The second rule is for separated modes: no local move removes the correlation
-    that says which mode a particle is in.
+    Every state of every move is a particle (Dau & Chopin 2022). They are enough where the mean over a chain varies
+    little from chain to chain, beside single states: of the position, of the log-likelihood, and of the weight that is
+    to come, which looks at the few particles that matter next. Particles that hardly move keep the means of their
+    chains apart, be they few, if they are those that matter.
     """
-    if len(history) < MIN_MOVES:
-        return False
-    if history[-1] < max(CORRELATION, 1.5 * num_particles**-0.5):
-        return True
-    return len(history) >= 6 and min(history[-3:]) > 0.93 * min(history[:-3])
+
+    def __init__(self, w: Tensor, log_likelihood: Tensor, families: int, beta: float) -> None:
+        self.families, self.beta = families, beta
+        self.history: list[float] = []
+        self._w: list[Tensor] = []
+        self._log_likelihood: list[Tensor] = []
+        self._drift = 0.0
+
+    def add(self, w: Tensor, log_likelihood: Tensor) -> None:
+        """Take in whitened positions ``(n, dim)`` and log-likelihoods ``(n,)`` after one more move."""
+        self._w.append(w)
+        self._log_likelihood.append(log_likelihood)
+        if len(self._w) < MIN_MOVES:
+            self.history.append(1.0)
+            return
+        likelihood = usable(torch.stack(self._log_likelihood, 1)).double()
+        shape = (self.families, -1, likelihood.shape[1])
+        found = [_redundancy(torch.stack(self._w, 1).double().reshape(*shape, w.shape[-1]))]
+        rank = likelihood.reshape(self.families, -1).argsort(1).argsort(1).double()
+        found.append(_redundancy(rank.reshape(*shape, 1)))
+        if self.beta < 1.0:
+            after = next_temperature(likelihood.reshape(self.families, -1), self.beta, 0.5, self.families)
+            weight = torch.softmax((after - self.beta) * likelihood.reshape(self.families, -1), 1)
+            found.append(_redundancy(weight.reshape(*shape, 1)))
+            self._drift = _drift(weight.reshape(self.families, -1, likelihood.shape[1]))
+        self.history.append(max(found))
+
+    def suffices(self, enough: float) -> bool:
+        """Whether to stop moving: chains are worth several draws each, or three moves in a row hardly gained; and the
+        weight to come does not drift, as it does while particles are still finding where it is largest.
+
+        The second rule is for separated modes: no local move removes what says which mode a particle is in.
+        """
+        history = self.history
+        if len(history) < MIN_MOVES or self._drift > DRIFT:
+            return False
+        stuck = len(history) >= MIN_MOVES + 3 and min(history[-3:]) > 0.93 * min(history[:-3])
+        return stuck or history[-1] < enough
+
+
+def _drift(values: Tensor) -> float:
+    """By how many standard errors the later half of the chains' states, ``(families, chains, states)``, differs on
+    average from the earlier half; the worst family."""
+    early, late = values.tensor_split(2, 2)
+    difference = late.mean(2) - early.mean(2)
+    error = (difference.var(1) / difference.shape[1]).sqrt().clamp_min(1e-300)
+    return float((difference.mean(1) / error).abs().max())
+
+
+def _redundancy(values: Tensor) -> float:
+    """Variance of chains' means over that of single states, ``(families, chains, states, columns)``: one over the
+    number of states where these are independent, and 1 where chains stand still. Mean over columns, worst family."""
+    means = values.mean(2)
+    between = (means - means.mean(1, keepdim=True)).square().mean(1)
+    total = (values - values.mean((1, 2), keepdim=True)).square().mean((1, 2)).clamp_min(1e-300)
+    return float((between / total).mean(1).max())

@@ -4,7 +4,8 @@ Particles pass through ``pi_k(q) ~ prior(q) likelihood(q)^beta_k`` for ``0 = bet
 stage reweights by ``likelihood^(beta_{k+1} - beta_k)``, resamples, and moves every particle by Hamiltonian
 Monte Carlo, and by independence jumps as long as these are accepted, which leave ``pi_{k+1}`` invariant (Del
 Moral, Doucet & Jasra 2006, section 3; Buchholz, Chopin & Jacob 2021 for HMC moves; South, Pettitt & Drovandi
-2019 for independence jumps). The evidence is estimated by the product of mean incremental weights,
+2019 for independence jumps). What the moves have visited is what the next stage weighs, not only where they ended (Dau
+& Chopin 2022). The evidence is estimated by the product of mean incremental weights,
 
     log Z = sum_k log( 1/N sum_i likelihood(q_i)^(beta_{k+1} - beta_k) ).
 
@@ -12,7 +13,7 @@ The first population is larger than the others where that pays: prior draws need
 them carry weight, importance sampling is all there is to do (`ifpyro.infer.engines.prior_draws`).
 
 The particles live in *islands* that resample on their own and share only tuning (temperatures, metric, step
-size): the spread of their evidences is an honest standard error, and islands serve as chains for R-hat.
+size): they serve as chains for R-hat, and the spread of their evidences stands beside the standard error.
 """
 
 import math
@@ -41,7 +42,7 @@ from .particle_moves import Moved, Mover, Stage
 from .prior_draws import prior_population, suffices, usable
 from .smc_state import SMCState, level_from_plain, level_to_plain, stage_from_plain, stage_to_plain, state_of
 from .started import StartedDensity
-from .tempering import along_a_curve, effective_fraction, next_temperature, systematic_resample
+from .tempering import Genealogy, along_a_curve, next_temperature, systematic_resample
 
 SAVE_EVERY = 30.0
 """Seconds between two writings of the particles."""
@@ -70,7 +71,8 @@ class SMC(Draws):
         prior_draws: most prior draws per particle, evaluated once and without gradients, for importance sampling. If
             so many promise an effective sample size of the particles, these are resampled from them, unmoved; if
             not, tempering starts from a few per particle. 1: no attempt, as many prior draws as particles.
-        max_moves: most Hamiltonian moves per temperature; fewer are made where particles decorrelate earlier.
+        max_moves: most Hamiltonian moves per temperature; fewer are made where the mean over the moves of a particle is
+            worth a few independent draws, and the weight to come no longer drifts.
         max_steps: most leapfrog steps per move.
         level: fidelity of the gradients, by default the cheapest that agrees with the fine density.
         seed: of all randomness; fresh if ``None``.
@@ -87,12 +89,18 @@ class SMC(Draws):
         checkpoint: a file to which the particles are written about every half minute, at Ctrl-C and at the end. If it
             exists, `run` goes on from it, and ends with what it would have found uninterrupted.
 
+    What tempering cannot do: find a mode that no particle has met. A mode much narrower than another, far from it, and
+    small in the tempered posteriors until the last temperatures, is missed by every particle, and neither the standard
+    error nor R-hat can tell. Where such modes are suspected, draw more (``num_particles``, ``prior_draws``: a mode that
+    holds one in a million of the prior's mass needs millions of draws to be met), give the model a prior that puts more
+    mass there, or start chains from points in every mode: ``MCMC(HMC(model), ..., init={site: values})``, whose chains
+    stay in the modes they start in, so that their shares, unlike their shapes, are yours.
+
     After `run`: `log_evidence` (log of the mean evidence over islands), `log_evidence_se` (its standard
-    error: the spread over islands, by the delta method, but never less than independent particles would give,
-    ``sqrt(sum_k (N / ESS_k - 1) / N)``, because few islands can agree by luck), `island_log_evidence`
-    ``(num_islands,)``, `stages`, and `pareto_k` where prior draws carried enough weight for a single
-    importance sampling step (above 0.7 it is not to be trusted, and the particles are moved: Vehtari et al. 2024;
-    with many data sets, the largest).
+    error: from the errors of families of particles with one ancestor (`ifpyro.infer.engines.tempering.Genealogy`), or
+    from the spread over islands, whichever is larger), `island_log_evidence` ``(num_islands,)``, `stages`, and
+    `pareto_k` where prior draws carried enough weight for a single importance sampling step (above 0.7 it is not to be
+    trusted, and the particles are moved: Vehtari et al. 2024; with many data sets, the largest).
 
     Raises:
         ValueError: for arguments out of range.
@@ -245,30 +253,29 @@ class SMC(Draws):
         groups = max(islands, 2 * families)  # a lone island is tuned half from half
         mover = Mover(target, generator, density.dim**-0.25, self.max_steps, self.max_moves, groups)
         self.stages, self.pareto_k = [], None
-        beta, floor = 0.0, 0.0
+        beta = 0.0
         if state is None:
-            q, fine, prior_draws = prior_population(target, self.num_particles, islands, self.prior_draws, generator)
-            prior_draws = len(q)
-            log_evidence = torch.zeros(islands, dtype=torch.float64, device=q.device)
+            pool = prior_population(target, self.num_particles, islands, self.prior_draws, generator)
+            prior_draws, states = len(pool.q), 1  # prior draws have nothing in common
+            log_evidence = torch.zeros(islands, dtype=torch.float64, device=pool.q.device)
+            genealogy = Genealogy.start(islands, prior_draws // islands, pool.q.device)
         else:
             state.resume(mover)
-            moved, beta, floor, prior_draws = state.moved, state.beta, state.floor, state.prior_draws
-            q, fine, log_evidence = moved.q, moved.fine, state.log_evidence.clone()
+            moved, beta, genealogy, prior_draws = state.moved, state.beta, state.genealogy, state.prior_draws
+            pool, states, log_evidence = moved.pool, moved.pool.per_particle, state.log_evidence.clone()
             self.stages, self.pareto_k, self._state = list(state.stages), state.pareto_k, state
         saved = time.monotonic()
         bar = tqdm(total=1.0, desc="SMC", disable=not self._progress, bar_format="{desc} {elapsed} {postfix}")
         with bar:
             while beta < 1.0:
-                rows = len(q) // islands
-                log_likelihood = usable(fine.log_likelihood).reshape(islands, rows)
+                rows = len(pool.q) // islands
+                log_likelihood = usable(pool.fine.log_likelihood).reshape(islands, rows)
                 _check_islands(log_likelihood)
-                enough = per_island / rows
+                enough = per_island / rows if beta == 0.0 else 1.0
                 beta_next = next_temperature(log_likelihood, beta, self.ess_threshold, families, enough)
                 log_weight = (beta_next - beta) * log_likelihood.double()
                 log_evidence += log_weight.logsumexp(1) - math.log(rows)
-                floor += max(0.0, 1 / float(effective_fraction(log_weight.reshape(1, -1))) - 1) / len(
-                    q
-                )  # below by rounding
+                genealogy = genealogy.weigh(log_weight)
                 if beta == 0.0 and beta_next == 1.0:
                     shapes = [pareto_k(row) for row in log_weight.reshape(families, -1)]
                     self.pareto_k = max((k for k in shapes if not math.isnan(k)), default=math.nan)
@@ -278,13 +285,15 @@ class SMC(Draws):
                         "the prior's draws, or the likelihood is very narrow. Are data and prior in the same units?",
                         stacklevel=3,
                     )
-                weight = torch.softmax(log_weight, 1).flatten().to(q.dtype)
-                metric = cross_fitted_metric(q, weight, groups, families)
-                order = along_a_curve(q.reshape(islands, rows, -1))
+                weight = torch.softmax(log_weight, 1).flatten().to(pool.q.dtype)
+                metric = cross_fitted_metric(pool.q, weight, groups, families, states)
+                order = along_a_curve(pool.q.reshape(islands, rows, -1))
                 index = systematic_resample(log_weight.gather(1, order), generator, per_island)
                 index = order.gather(1, index).sort(1).values  # draws in a row stay unrelated
-                index = (index + rows * torch.arange(islands, device=q.device)[:, None]).flatten()
-                beta, q, fine = beta_next, q[index], Value(fine.log_prior[index], fine.log_likelihood[index])
+                genealogy = genealogy.resample(index // states)
+                index = (index + rows * torch.arange(islands, device=index.device)[:, None]).flatten()
+                beta, q = beta_next, pool.q[index]
+                fine = Value(pool.fine.log_prior[index], pool.fine.log_likelihood[index])
                 if self.pareto_k is not None and suffices(log_weight, per_island, families, self.pareto_k):
                     moved = mover.stay(q, fine)
                     self.stages.append(moved.stage)
@@ -299,16 +308,16 @@ class SMC(Draws):
                         f"the model failed while particles moved at inverse temperature {beta:.3g} "
                         f"({type(error).__name__}: {error}); {self._where()}"
                     ) from error
-                q, fine, stage = moved.q, moved.fine, moved.stage
+                pool, states, stage = moved.pool, moved.pool.per_particle, moved.stage
                 self.stages.append(stage)
-                now = state_of(mover, moved, log_evidence, floor, prior_draws, self.stages, self.pareto_k)
+                now = state_of(mover, moved, log_evidence, genealogy, prior_draws, self.stages, self.pareto_k)
                 saved = self._keep(now, saved, "the draws are not lost" if beta == 1.0 else None)
                 bar.set_postfix_str(
                     f"beta={beta:.3g} logZ={float(_log_mean(log_evidence)):.2f} step={stage.step_size:.2g} "
                     f"accept={stage.acceptance:.2f} moves={stage.moves}"
                 )
         self.tuning = Tuning(mover.step.step_size, mover.length.length, moved.stage.level)
-        self._finish(moved, log_evidence, math.sqrt(floor), prior_draws)
+        self._finish(moved, log_evidence, genealogy.variance(), prior_draws)
         self._state = None
         return self
 
@@ -372,14 +381,14 @@ class SMC(Draws):
         self.tuning = Tuning(step_size, length, level_from_plain(level))
         self.num_islands, self.num_particles = shape[0], shape[0] * shape[1]
 
-    def _finish(self, moved: Moved, log_evidence: Tensor, floor: float, prior_draws: int) -> None:
+    def _finish(self, moved: Moved, log_evidence: Tensor, variance: Tensor, prior_draws: int) -> None:
         islands = self.num_islands
         shape = (islands, self.num_particles // islands)
         self.island_log_evidence = log_evidence
         self.log_evidence = float(_log_mean(log_evidence))
         ratio = (log_evidence - self.log_evidence).exp()
         spread = float(ratio.std() / math.sqrt(islands)) if islands > 1 else 0.0
-        self.log_evidence_se = max(spread, floor)
+        self.log_evidence_se = max(spread, float((ratio.square() @ variance).sqrt()) / islands)
         info = moved.info
         self._positions = moved.q.reshape(*shape, -1)
         lp = moved.fine.tempered(1.0)

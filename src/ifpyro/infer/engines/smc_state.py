@@ -12,6 +12,8 @@ from ..results.draws import check_same_density
 from .guided_density import Target, Value
 from .hamiltonian import Info
 from .particle_moves import Moved, Mover, Stage
+from .prior_draws import Population
+from .tempering import Genealogy
 
 KIND = "particles"
 
@@ -23,8 +25,8 @@ class SMCState:
     moved: Moved
     log_evidence: Tensor
     """Of every island, ``(islands,)``."""
-    floor: float
-    """Least variance of the log-evidence so far."""
+    genealogy: Genealogy
+    """Whose errors the evidence has so far."""
     prior_draws: int
     """Draws of the first population."""
     stages: list[Stage]
@@ -57,6 +59,11 @@ class SMCState:
             "q": self.moved.q,
             "log_prior": self.moved.fine.log_prior,
             "log_likelihood": self.moved.fine.log_likelihood,
+            "pool.q": self.moved.pool.q,
+            "pool.log_prior": self.moved.pool.fine.log_prior,
+            "pool.log_likelihood": self.moved.pool.fine.log_likelihood,
+            "ancestor": self.genealogy.ancestor,
+            "error": self.genealogy.error,
             "log_evidence": self.log_evidence,
             "generator": self.generator,
             **{f"info.{name}": value for name, value in info.items() if isinstance(value, Tensor)},
@@ -65,7 +72,7 @@ class SMCState:
             tensors["direction"] = self.direction
         header = {
             "sampler": sampler,
-            "floor": self.floor,
+            "per_particle": self.moved.pool.per_particle,
             "prior_draws": self.prior_draws,
             "stages": [stage_to_plain(stage) for stage in self.stages],
             "pareto_k": self.pareto_k,
@@ -103,13 +110,17 @@ class SMCState:
                     f"{(sampler['num_particles'], target.density.dim)}"
                 )
             fine = Value(moved_to["log_prior"], moved_to["log_likelihood"])
+            visited = Value(moved_to["pool.log_prior"], moved_to["pool.log_likelihood"])
+            pool = Population(moved_to["pool.q"], visited, int(header["per_particle"]))
+            if not len(pool.q) == len(visited.log_prior) == len(q) * pool.per_particle:
+                raise ValueError(f"the states in {path} are not {pool.per_particle} of each of {len(q)} particles")
             stages = [stage_from_plain(stage) for stage in header["stages"]]
             values = {name: moved_to.get(f"info.{name}") for name in Info._fields}
             info = Info(**{**values, "num_steps": int(header["num_steps"])})  # type: ignore[arg-type]
             state = cls(
-                moved=Moved(q, fine, info, stages[-1]),
+                moved=Moved(q, fine, pool, info, stages[-1]),
                 log_evidence=moved_to["log_evidence"],
-                floor=float(header["floor"]),
+                genealogy=Genealogy(moved_to["ancestor"], moved_to["error"]),
                 prior_draws=int(header["prior_draws"]),
                 stages=stages,
                 pareto_k=header["pareto_k"],
@@ -125,7 +136,7 @@ def state_of(
     mover: Mover,
     moved: Moved,
     log_evidence: Tensor,
-    floor: float,
+    genealogy: Genealogy,
     prior_draws: int,
     stages: list[Stage],
     pareto_k: float | None,
@@ -140,7 +151,7 @@ def state_of(
         "one_level": target.one_level,
     }
     random_state, evidence = mover.generator.get_state(), log_evidence.clone()
-    return SMCState(moved, evidence, floor, prior_draws, list(stages), pareto_k, tuning, direction, random_state)
+    return SMCState(moved, evidence, genealogy, prior_draws, list(stages), pareto_k, tuning, direction, random_state)
 
 
 def level_to_plain(level: Level | None) -> Any:

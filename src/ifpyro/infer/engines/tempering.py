@@ -1,12 +1,16 @@
 """Weights, temperatures and resampling of a sequential Monte Carlo sampler, island by island."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 CURVED = 3
 """Coordinates that order particles. With more, the order would separate none of them finely."""
+
+HEAVY = 0.5
+"""Shape of the tail of weights from which their variance, and with it an effective sample size, means nothing."""
 
 
 def effective_fraction(log_weight: Tensor) -> Tensor:
@@ -45,7 +49,7 @@ def next_temperature(
         return bool((fraction >= least).all())
 
     if keeps(1.0):
-        return 1.0
+        return beta + _light((1.0 - beta) * log_likelihood, families, enough) * (1.0 - beta)
     # Find the scale first: early steps can be as small as 1e-10 under a narrow likelihood.
     low = high = 1.0 - beta
     while not keeps(beta + low):
@@ -55,7 +59,22 @@ def next_temperature(
     for _ in range(25):
         middle = math.sqrt(low * high)
         low, high = (middle, high) if keeps(beta + middle) else (low, middle)
-    return min(1.0, beta + low)
+    return min(1.0, beta + low * _light(low * log_likelihood, families, enough))
+
+
+def _light(log_weight: Tensor, families: int, enough: float) -> float:
+    """The largest power of the weights, at most 1, whose tail is light: the shape of a Pareto tail, here Hill's
+    estimate, is proportional to the power."""
+    if enough < 1.0:
+        return 1.0
+    rows = log_weight.double().reshape(families, -1)
+    possible = int((rows > -torch.inf).sum(1).min())
+    tail = min(possible // 5, math.ceil(3 * possible**0.5))
+    if tail < 5:
+        return 1.0
+    top = rows.topk(tail + 1, 1).values
+    shape = float((top[:, :-1] - top[:, -1:]).mean(1).max())
+    return min(1.0, HEAVY / shape) if shape > 0 else 1.0
 
 
 def along_a_curve(q: Tensor) -> Tensor:
@@ -100,3 +119,42 @@ def systematic_resample(log_weight: Tensor, generator: torch.Generator, num: int
     edges = weight.cumsum(-1)
     edges = edges / edges[:, -1:]
     return torch.searchsorted(edges, grid, right=True).clamp_max(particles - 1)
+
+
+class Genealogy(NamedTuple):
+    """The variance of the evidence of every island, from who descends from whom.
+
+    To first order the evidence errs by the mean over chains, summed over temperatures, of ``W - 1``, where ``W`` is a
+    chain's mean weight in that of its island. Chains of one ancestor share its luck as long as moves have not made them
+    forget it: the errors are summed over each family of a first ancestor, and the families, which are independent, give
+    the variance, whether or not moves forget (Lee & Whiteley 2018 take the same families, and their shares).
+    """
+
+    ancestor: Tensor
+    """First ancestor of every chain, ``(islands, chains)``."""
+    error: Tensor
+    """Summed errors of the family of every first ancestor, ``(islands, ancestors)``."""
+
+    @classmethod
+    def start(cls, islands: int, ancestors: int, device: torch.device) -> "Genealogy":
+        """So many independent ancestors in every island."""
+        error = torch.zeros(islands, ancestors, dtype=torch.float64, device=device)
+        return cls(torch.arange(ancestors, device=device).repeat(islands, 1), error)
+
+    def weigh(self, log_weight: Tensor) -> "Genealogy":
+        """After the weights of one temperature, ``(islands, chains * states)``, the states of a chain in a row."""
+        chains = self.ancestor.shape[1]
+        share = torch.softmax(log_weight.double(), 1).reshape(len(log_weight), chains, -1).sum(2)
+        return self._replace(error=self.error.scatter_add(1, self.ancestor, share - 1.0 / chains))
+
+    def resample(self, chain: Tensor) -> "Genealogy":
+        """With so many of the chains, ``(islands, particles)``, as ancestors of the next ones."""
+        return self._replace(ancestor=self.ancestor.gather(1, chain))
+
+    def variance(self) -> Tensor:
+        """Of the logarithm of the evidence, ``(islands,)``."""
+        size = torch.zeros_like(self.error).scatter_add(
+            1, self.ancestor, torch.full_like(self.ancestor, 1 / self.ancestor.shape[1], dtype=torch.float64)
+        )
+        # Errors are measured from the island's own mean: few families leave it little to differ from.
+        return self.error.square().sum(1) / (1.0 - size.square().sum(1)).clamp_min(0.1)
