@@ -4,8 +4,8 @@
     python benchmarks/evidence.py --sbibm DIR                         # with slcp (observation 1)
     python benchmarks/evidence.py --only funnel --seeds 20
 
-Every row is a section of `evidence.md`. Exact values are sums or quadratures; those of the flow and of slcp are importance
-sampling with many prior draws. A sampler that is honest has rms 1 and mean 0.
+Every row is a section of `evidence.md`. Exact values are sums or quadratures; those of the flow and of slcp are
+importance sampling with many prior draws. A sampler that is honest has rms 1 and mean 0.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from results import machine, read_sections, show, write_section
 from torch import Tensor
 
 from ifpyro.infer import SMC
+from results import machine, read_sections, show, write_section
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "zoos"))
 from exact_densities import GaussianMixture
@@ -59,6 +59,7 @@ class Funnel:
         self.log_evidence = float(np.log(np.trapezoid(np.exp(joint), v)))
 
     def __call__(self, q: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-prior and log-likelihood."""
         v, x = q[:, 0], q[:, 1:]
         constant = 0.5 * math.log(2 * math.pi)
         prior = (-0.5 * x.square() * (-v[:, None]).exp() - 0.5 * v[:, None] - constant).sum(1)
@@ -66,10 +67,12 @@ class Funnel:
         return prior, (-0.5 * ((self.y - x) / self.sd).square() - math.log(self.sd) - constant).sum(1)
 
     def sample_prior(self, num: int, generator: torch.Generator) -> Tensor:
+        """Exact draws."""
         v = 3 * torch.randn(num, 1, generator=generator)
         return torch.cat([v, (v / 2).exp() * torch.randn(num, 9, generator=generator)], 1)
 
     def sites(self, q: Tensor) -> dict[str, Tensor]:
+        """All in one."""
         return {"q": q}
 
 
@@ -109,8 +112,9 @@ def slcp(directory: Path) -> Problem:
 
 def moons() -> Problem:
     """The flow of `posterior.py`, trained briefly; its evidence by 400,000 prior draws."""
-    import posterior
     import pyro
+
+    import posterior
 
     problem = posterior.PROBLEMS["moons"](True)
     with torch.no_grad(), torch.random.fork_rng():
@@ -182,8 +186,8 @@ def main() -> None:
         write_section(RESULTS, name, lines)
     rows = [text.strip() for name, text in read_sections(RESULTS).items() if name != "table"]
     table = [
-        "| problem | log-evidence | seeds | mean error | rms error | reported | rms in errors | mean in errors | warned "
-        "| seconds |",
+        "| problem | log-evidence | seeds | mean error | rms error | reported | rms in errors | mean in errors "
+        "| warned | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
         *(f"| {text} |" for text in rows),
         f"\n{options.particles} particles; processor seconds of a run; {machine('pyro-ppl')}",

@@ -15,7 +15,13 @@ from ifpyro.infer import HMC, MCMC, SMC
 from ifpyro.infer.engines.guided_density import Target
 from ifpyro.infer.engines.particle_moves import WORTH_JUMPING
 from ifpyro.infer.engines.prior_draws import START, prior_population, suffices
-from ifpyro.infer.engines.tempering import along_a_curve, effective_fraction, next_temperature, systematic_resample
+from ifpyro.infer.engines.tempering import (
+    Genealogy,
+    along_a_curve,
+    effective_fraction,
+    next_temperature,
+    systematic_resample,
+)
 from ifpyro.infer.results.diagnostics import pareto_k
 
 FOUR_ERRORS = float(stats.t.isf(stats.norm.sf(4.0), 15))  # where the error is the spread of 16 islands
@@ -566,3 +572,27 @@ def test_a_full_disk_does_not_end_a_run(tmp_path, monkeypatch):
         assert_same_run(SMC(hard(), checkpoint=tmp_path / "particles", **HARD).run(), whole)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         SMC(hard(), checkpoint=tmp_path / "nowhere" / "particles")
+
+
+def test_a_genealogy_sums_the_errors_of_families():
+    """Copies that nothing moves repeat their ancestor's error; errors of independent chains add in squares."""
+    log_weight = torch.randn(400, 64, generator=generator(), dtype=torch.float64)
+    error = torch.softmax(log_weight, 1).sub(1 / 64)
+    one = Genealogy.start(400, 64, torch.device("cpu")).weigh(log_weight)
+    torch.testing.assert_close(one.variance(), error.square().sum(1) / (1 - 1 / 64))
+    torch.testing.assert_close(one.weigh(log_weight).variance(), 4 * one.variance())
+    other = torch.randn(400, 64, generator=generator(1), dtype=torch.float64)
+    both, alone = one.weigh(other).variance(), Genealogy.start(400, 64, torch.device("cpu")).weigh(other).variance()
+    assert float((both / (one.variance() + alone)).mean()) == pytest.approx(1.0, abs=0.05)
+    collapsed = one.resample(torch.zeros(400, 64, dtype=torch.long))
+    assert (collapsed.variance() > one.variance()).all()
+    truth = (log_weight.logsumexp(1) - math.log(64)).var()
+    assert float(one.variance().mean() / truth) == pytest.approx(1.0, abs=0.25)
+
+
+def test_heavy_weights_take_smaller_steps():
+    """Weights without a variance pass for effective in a sample: the shape of their tail tells."""
+    uniform = torch.rand(4, 500, generator=generator(), dtype=torch.float64)
+    log_likelihood = -uniform.log()  # at power b a Pareto tail of shape b
+    assert 0.4 < next_temperature(log_likelihood, 0.0, 0.05) < 0.6
+    assert next_temperature(log_likelihood, 0.0, 0.05, enough=0.05) > 0.6
