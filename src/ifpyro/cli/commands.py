@@ -17,6 +17,7 @@ from ..core.files import check_writable, write_atomically
 from ..core.pool import Pool
 from ..data.files import load_rows, open_data
 from ..flow.axes.schedule import Schedule
+from ..flow.conditional import ConditionalFlow
 from ..flow.file import load_flow
 from ..training import fit
 
@@ -55,6 +56,22 @@ def parse_schedule(text: str) -> Schedule:
         ) from error
 
 
+def read_array(path: str, key: str | None = None) -> np.ndarray:
+    """An array of a ``.npy`` or ``.npz`` file, in memory, as pairs need it.
+
+    Raises:
+        ValueError: if the file is of another kind, or an archive of several arrays without a key.
+    """
+    if Path(path).suffix not in (".npy", ".npz"):
+        raise ValueError(f"samples and conditions in pairs are read from .npy and .npz files, got {path}")
+    found = np.load(path, allow_pickle=False)
+    if isinstance(found, np.ndarray):
+        return found
+    if key is None and len(found.files) > 1:
+        raise ValueError(f"{path} holds several arrays, {found.files}; choose one with --key")
+    return np.asarray(found[key or found.files[0]])
+
+
 def run_fit(options: Any) -> int:
     """``ifpyro fit``: one process, or one of several under ``torchrun`` or ``accelerate launch``."""
     out = check_writable(options.out)
@@ -62,7 +79,7 @@ def run_fit(options: Any) -> int:
     check_writable(checkpoint)
     if checkpoint.absolute() == out.absolute():
         raise ValueError(f"expected --checkpoint and --out to be two files, got {out} for both")
-    schedule = parse_schedule(options.schedule)
+    schedule: Schedule | None = parse_schedule(options.schedule)
     pool = Pool.join()
     try:
         if checkpoint.exists() and not options.resume:
@@ -71,7 +88,13 @@ def run_fit(options: Any) -> int:
                 "remove it"
             )
         device = options.device or (str(pool.device) if pool.size > 1 else None)
-        data = open_data(options.data, key=options.key, size=options.size, grey=options.grey, seed=options.seed)
+        condition: Any = None
+        if options.condition is None:
+            data = open_data(options.data, key=options.key, size=options.size, grey=options.grey, seed=options.seed)
+        else:
+            data, condition = read_array(options.data, options.key), read_array(options.condition)
+            if options.schedule == "details_first":  # by default; a conditional flow finds its noise floor then
+                schedule = None
         validation: Any = options.validation
         try:
             validation = float(validation)
@@ -81,6 +104,8 @@ def run_fit(options: Any) -> int:
         with graceful(pool):
             flow = fit(
                 data,
+                condition=condition,
+                labels=True if options.labels else None,
                 schedule=schedule,
                 network=options.network,
                 validation=validation,
@@ -115,12 +140,18 @@ def run_sample(options: Any) -> int:
     if out.suffix not in (".npy", ".npz"):
         raise ValueError(f"--out expects a file that ends in .npy or .npz, got {out}")
     flow = load_flow(options.flow, device=options.device)
+    if isinstance(flow, ConditionalFlow) != (options.given is not None):
+        raise ValueError("--given expects the condition of a conditional flow, and such a flow needs one")
+    if options.given is not None:
+        flow = flow.given(read_array(options.given))
     generator = torch.Generator(device=flow.device).manual_seed(options.seed)
     parts = []
     with tqdm(total=options.num, disable=options.quiet, desc="sample", unit="row") as bar, torch.no_grad():
         for start in range(0, options.num, SAMPLE_BATCH):
             rows = min(SAMPLE_BATCH, options.num - start)
-            z = torch.randn(rows, flow.latent_dim, generator=generator, dtype=flow.dtype, device=flow.device)
+            z = torch.randn(
+                rows, *flow.batch_shape, flow.latent_dim, generator=generator, dtype=flow.dtype, device=flow.device
+            )
             parts.append(flow.decode(z).cpu().numpy())
             bar.update(rows)
     draws = np.concatenate(parts)
@@ -145,9 +176,12 @@ def run_check(options: Any) -> int:
         return load_rows(open_data(path, key=options.key, size=size, grey=grey, seed=options.seed), rows, options.seed)
 
     train = None if options.train is None else read(options.train, CHECK_ROWS)
+    condition = None if options.condition is None else read_array(options.condition)
+    held_out = read(options.held_out, options.rows) if condition is None else read_array(options.held_out, options.key)
     result = check(
         flow,
-        read(options.held_out, options.rows),
+        held_out,
+        condition=condition,
         train=train,
         rows=options.rows,
         level=options.level,

@@ -30,6 +30,7 @@ DATA is one of
 examples:
   ifpyro fit table.npy --out table.safetensors
   ifpyro fit rates.npy --out rates.safetensors --support positive --schedule preserving
+  ifpyro fit theta.npy --condition y.npy --out posterior.safetensors
   ifpyro fit photographs/ --out photographs.safetensors --size 16 16 --max-seconds 1800
   torchrun --nproc-per-node 4 -m ifpyro fit big.npy --out big.safetensors
   accelerate launch -m ifpyro fit big.npy --out big.safetensors
@@ -39,7 +40,8 @@ stopped, and ends with what it would have found uninterrupted. Several processes
 
 _SAMPLE = """\
 examples:
-  ifpyro sample prior.safetensors --out draws.npy --num 10000 --seed 1"""
+  ifpyro sample prior.safetensors --out draws.npy --num 10000 --seed 1
+  ifpyro sample posterior.safetensors --given y0.npy --out draws.npy --num 1000"""
 
 _CHECK = """\
 HELD_OUT are data that training has not seen (a file or folder as for ifpyro fit). The table says of each question
@@ -101,6 +103,13 @@ def _add_fit(commands: Any) -> None:
     fit.add_argument("data", metavar="DATA", help="file or folder with the samples; see below")
     fit.add_argument("--out", required=True, metavar="FLOW", help="file to write the flow to")
     fit.add_argument(
+        "--condition",
+        default=None,
+        metavar="FILE",
+        help="what each sample is to depend on, .npy or .npz: makes the flow conditional; DATA is such a file then too",
+    )
+    fit.add_argument("--labels", action="store_true", help="the conditions are integers that name classes")
+    fit.add_argument(
         "--schedule",
         default="details_first",
         metavar="NAME[:NUMBERS]",
@@ -155,6 +164,9 @@ def _add_check(commands: Any) -> None:
     )
     check.add_argument("flow", metavar="FLOW", help="file written by ifpyro fit")
     check.add_argument("held_out", metavar="HELD_OUT", help="file or folder with data that training has not seen")
+    check.add_argument(
+        "--condition", default=None, metavar="FILE", help="conditions of HELD_OUT, .npy, for a conditional flow"
+    )
     check.add_argument("--train", default=None, metavar="DATA", help="the training data, for over-fitting")
     check.add_argument("--rows", type=_count, default=2000, metavar="N", help="most rows used (default: %(default)s)")
     check.add_argument(
@@ -174,6 +186,9 @@ def _add_sample(commands: Any) -> None:
     sample = _command(commands, "sample", "draw from a flow", "Draw from a flow.", _SAMPLE)
     sample.add_argument("flow", metavar="FLOW", help="file written by ifpyro fit")
     sample.add_argument("--out", required=True, metavar="FILE", help=".npy, or .npz (the array is called x)")
+    sample.add_argument(
+        "--given", default=None, metavar="FILE", help="condition of a conditional flow, .npy: one, or many in rows"
+    )
     sample.add_argument("--num", "-n", type=_count, default=1000, metavar="N", help="draws (default: %(default)s)")
     _add_common(sample, threads=None)
 
