@@ -11,17 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from ..core.files import reading
+from ..core.precision import full_precision
 from ..data.samples import as_samples
 from .axes.basis import Basis, kind_for
 from .axes.schedule import Schedule
 from .axes.separable import fits
 from .flow import InflationaryFlow
 from .networks.denoiser import DenoiserVelocity, check_prediction, flat
-from .networks.noise import Noise, Sigmas, as_noise, noise_from_dict
-from .solver.grid import Grid
+from .networks.noise import LogSigmas, Noise, Sigmas, Straight, as_noise, noise_from_dict
+from .solver.grid import Grid, cheap_grid
+from .solver.steps import take
 from .tuning import choose_grid
 
 _ROWS = 256  # drawn from the flow to tune the solver, where there are no samples
+_POWER = 0.12  # deviation of the latents' mean square from 1 that is worth a warning
+_KURTOSIS = 0.3  # and of their kurtosis from 3
+_ENTRIES = 4096  # of latents, of which these are taken
+_EVALUATIONS = 32  # for one of them: the equation, not the map, will do
 _ROWS_AN_AXIS = 4  # for "auto" to take all eigenvectors of the samples' covariance
 
 
@@ -41,6 +47,7 @@ def from_denoiser(
     reference: str = "",
     grid: Grid | None = None,
     tolerance: float = 1e-3,
+    progress: bool = True,
 ) -> InflationaryFlow:
     """A flow from a pretrained diffusion network: encode, decode, densities and a Pyro prior, without training.
 
@@ -61,11 +68,12 @@ def from_denoiser(
             :class:`~ifpyro.flow.networks.denoiser.DenoiserVelocity`); a diffusers pipeline of a network ``unet`` and a
             ``scheduler`` on pixels; or an azula denoiser. A network with further inputs, such as a class label, is
             wrapped in a module that fixes them.
-        noise: ``(sigma_min, sigma_max)`` where noise is the network's time; a table ``alphas_cumprod`` or a diffusers
-            scheduler that has one; a callable from times in ``[0, 1]`` to ``(alpha, sigma)``. Pipelines and azula's
-            denoisers bring their own.
+        noise: ``(sigma_min, sigma_max)`` where noise is the network's time; a table ``alphas_cumprod``; a diffusers
+            scheduler, one that has a table, of flow matching, or EDM's; a callable from times in ``[0, 1]`` to
+            ``(alpha, sigma)``. Pipelines and azula's denoisers bring their own.
         prediction: ``"x0"`` (or ``"sample"``), ``"epsilon"``, ``"v"`` (or ``"v_prediction"``), ``"flow"``. By default
-            what the scheduler's ``prediction_type`` says, and ``"x0"`` for denoisers with sigmas and of azula.
+            what the scheduler's ``prediction_type`` says, ``"flow"`` for flow matching, and ``"x0"`` for denoisers with
+            sigmas and of azula.
         samples: data, ``(N, *event_shape)``, preferably with rows that the network was not trained on: they give mean,
             axes and scales, the solver is tuned on them, and a network that predicts worse than a Gaussian is reported.
         event_shape: of one data point, where neither samples nor a pipeline tell.
@@ -81,10 +89,17 @@ def from_denoiser(
         reference: where the network can be found again (a path, a name on a hub), kept in the flow's file.
         grid: of the solver; by default tuned to ``tolerance``.
         tolerance: accepted error of the solver, in standard deviations of the data (see :mod:`ifpyro.flow.tuning`).
+        progress: show a progress bar while the solver is tuned, which takes up to ``D`` products of the network's
+            Jacobian an evaluation up to 128 axes, on fewer rows the more axes there are; ``grid`` leaves it out.
 
     Returns:
         The flow. ``save`` writes everything but the network: its reference and a checksum of its weights, which
-        ``ifpyro.load(path, network=...)`` verifies. ``report["denoiser"]`` tells the network's error with samples.
+        ``ifpyro.load(path, network=...)`` verifies. ``report["denoiser"]`` tells the network's error with samples, and
+        the moments of their latents.
+
+    Warns:
+        UserWarning: if samples say that the network is worse than a Gaussian, that their latents have another variance
+            than one, as under a wrong table, or that the largest noise does not drown them.
 
     Raises:
         TypeError: if ``noise`` or ``samples`` are not what is expected.
@@ -112,11 +127,15 @@ def from_denoiser(
     schedule = schedule or _whole_range(path, axes.scale)
     flow = InflationaryFlow(axes, schedule, velocity.to(like), event_shape=shape, grid=grid)
     rows = None if x is None else x.to(like)
+    _check_finite(flow)
     if rows is not None:
         flow.report["denoiser"] = _regression_error(flow, rows)
     if grid is None:
         flow.grid = Grid(24)
-        choose_grid(flow, flow.sample(_few(flow), seed=0) if rows is None else rows, tolerance)
+        seen = flow.sample(_few(flow), seed=0) if rows is None else rows
+        choose_grid(flow, seen, tolerance, _bounded(flow), progress=progress)
+    if rows is not None:
+        flow.report["denoiser"]["latents"] = _latent_moments(flow, rows)
     return flow
 
 
@@ -167,10 +186,13 @@ def _open(
     path = as_noise(source)
     config = getattr(source, "config", None)
     stated = None if config is None else config.get("prediction_type")
+    if isinstance(path, LogSigmas) and stated is not None:
+        stated = {"epsilon": "edm", "v_prediction": "edm_v"}.get(stated, stated)  # of the network inside the denoiser
+    implied = "flow" if isinstance(path, Straight) else None
     own_x0 = isinstance(path, Sigmas) or (own is not None and noise is None and stated is None)
-    if prediction is None and stated is None and not own_x0:
+    if prediction is None and stated is None and implied is None and not own_x0:
         raise ValueError("expected prediction='epsilon', 'v', 'x0' or 'flow': nothing tells what the network predicts")
-    name = check_prediction(prediction or stated or "x0")
+    name = check_prediction(prediction or stated or implied or "x0")
     if stated is not None and check_prediction(stated) != name:
         raise ValueError(f"prediction={prediction!r} contradicts the scheduler, which says {stated!r}")
     return network, path, name, shape
@@ -262,6 +284,58 @@ def _whole_range(path: Noise, scale: Tensor) -> Schedule:
 
 def _few(flow: InflationaryFlow) -> int:
     return max(4, min(_ROWS, _ROWS * 128**2 // flow.latent_dim**2))
+
+
+def _bounded(flow: InflationaryFlow) -> int:
+    """Rows to tune the solver on: where Newton's method is at work, an evaluation is ``D`` products for each."""
+    return max(16, min(_ROWS, _ROWS * 16 // flow.latent_dim))
+
+
+def _check_finite(flow: InflationaryFlow) -> None:
+    """Refuse a network that returns NaN or infinity for plain noise, at some time."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randn(2, flow.latent_dim, generator=generator, dtype=torch.double).to(flow.basis.scale)
+    t = torch.linspace(0, 1, 5, dtype=torch.double, device=flow.device)
+    sigma = flow.basis.scale[0].double() * flow.angles(t)[:, 0].to(flow.device).tan()
+    with torch.no_grad():
+        for embedding, level in zip(flow.velocity.embed(t), sigma.tolist(), strict=True):
+            if not bool(flow.velocity(y, embedding).isfinite().all()):
+                raise ValueError(
+                    f"from_denoiser expects finite answers of the denoiser, got NaN or infinity at sigma {level:.4g}; "
+                    "look at its weights and its precision, and at whether noise is the range it was trained for"
+                )
+
+
+def _latent_moments(flow: InflationaryFlow, x: Tensor) -> dict[str, float]:
+    """Mean square and kurtosis of the latents of samples, with standard errors; warns where they are not 1 and 3."""
+    z = flow.basis.to_standard(x[: max(16, _ENTRIES // flow.latent_dim)].flatten(1))
+    with torch.no_grad(), full_precision():
+        for step in flow.map.steps(z, cheap_grid(_EVALUATIONS, flow.grid)).to_latent:
+            z = take(flow.velocity, step, z)
+    z = z.double()
+    squares, fourth = z.square().mean(1), z.pow(4).mean(1)
+    power, root = float(squares.mean()), len(z) ** 0.5
+    power_error = float(squares.std()) / root
+    kurtosis, kurtosis_error = float(fourth.mean()) / power**2, float(fourth.std()) / root / power**2
+    # By the larger of what a Gaussian's would be and what is seen: few rows of heavy tails do not know their own.
+    power_error = max(power_error, (2 / z.numel()) ** 0.5)
+    kurtosis_error = max(kurtosis_error, (24 / z.numel()) ** 0.5)
+    if not abs(power - 1) < max(_POWER, 4 * power_error):
+        warnings.warn(
+            f"the samples' latents have a mean square of {power:.3g} where 1 is expected: is noise the table "
+            "alphas_cumprod itself (not its roots, nor betas), and that of this network? Look at prediction and "
+            "rescale too; samples on which the network was trained to excess also come out below 1",
+            stacklevel=3,
+        )
+    elif not abs(kurtosis - 3) < max(_KURTOSIS, 3 * kurtosis_error):
+        left = float(flow.angles(torch.ones(1, dtype=torch.double)).cos().square().max())
+        warnings.warn(
+            f"the samples' latents have a kurtosis of {kurtosis:.3g} where a Gaussian's is 3: the largest noise does "
+            f"not drown the data (up to {100 * left:.2g}% of a latent's variance are theirs), so that draws of the "
+            "flow are not those of the data; give a larger noise if the network knows it",
+            stacklevel=3,
+        )
+    return {"power": power, "power_error": power_error, "kurtosis": kurtosis, "kurtosis_error": kurtosis_error}
 
 
 def _regression_error(flow: InflationaryFlow, x: Tensor, rows: int = 512) -> dict[str, Any]:

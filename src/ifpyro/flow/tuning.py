@@ -6,6 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..core.precision import full_precision
 from .flow import InflationaryFlow, log_normal
@@ -16,6 +17,7 @@ from .solver.steps import take
 STEPS = (4, 6, 8, 10, 12, 14, 16, 20, 24, 32, 48, 64)
 MEASURED = 24  # steps whose errors are measured to place the others
 KNOTS = 33
+_BAR = "{desc} {elapsed} {postfix}"
 ROUNDING = 1e-7  # standard deviations; the error of a step in single precision is not known below it
 MOST_STEPS = 16  # what the log-density may ask for: 64 evaluations with rk4
 LOG_PROB = 5.0  # nats of error in the log-density, on average, for one standard deviation of tolerance
@@ -33,7 +35,9 @@ class HasLatent(Protocol):
         ...
 
 
-def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int = 256) -> None:
+def choose_grid(
+    flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int = 256, *, progress: bool = False
+) -> None:
     """Give the flow the fewest steps whose step-doubling error is within tolerance, its coarse map, and its inverse.
 
     The steps lie where they are needed (:func:`knots_for`). The error of a grid is the root-mean-square difference, in
@@ -48,19 +52,23 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
         x: held-out data, ``(N, *event_shape)``.
         tolerance: largest accepted error, in standard deviations.
         rows: number of rows to measure on; fewer in more than 128 dimensions.
+        progress: show a progress bar over the things that are measured.
     """
     x = x[: affordable(rows, flow)]
-    with torch.no_grad():
+    with torch.no_grad(), tqdm(desc="tuning the solver", disable=not progress, bar_format=_BAR) as bar:
+        bar.set_postfix_str(f"encoding {len(x)} rows")
         flow.grid = Grid(MOST_STEPS)  # of whatever accuracy, these are latents to decode from
         z = flow.encode(x)
         knots = knots_for(flow, z)
         errors: dict[Grid, float] = {}
         for steps in STEPS:
             grid = Grid(steps, knots=knots)
+            bar.set_postfix_str(f"{grid.evaluations} evaluations")
             errors[grid] = doubling_error(flow, z, grid)
             if errors[grid] <= tolerance:
                 break
         flow.grid = min(errors, key=lambda grid: errors[grid])
+        bar.set_postfix_str("log-densities")
         exact = flow.latent_dim <= flow.exact_up_to  # an estimated log-density has an error of its own
         while exact and flow.grid.steps < MOST_STEPS and _log_prob_error(flow, x) > LOG_PROB * tolerance:
             flow.grid = replace(flow.grid, steps=flow.grid.steps + 2)
@@ -68,6 +76,7 @@ def choose_grid(flow: InflationaryFlow, x: Tensor, tolerance: float, rows: int =
         flow.coarse_steps = next(
             (g.steps for g, error in errors.items() if g.steps < chosen.steps and error < 1e-2), chosen.steps
         )
+        bar.set_postfix_str("the round trip")
         _choose_refinements(flow, x)
     flow.report["numerics"] = {"tolerance": tolerance, **measure(flow, x)}
 

@@ -13,6 +13,8 @@ prediction      ``p, q``            networks
 ``"v"``         ``-sigma alpha``,   Salimans & Ho (2022); with noise scale ``sigma alpha``, signal ``alpha``
                 ``alpha``
 ``"flow"``      -1, 1               flow matching from data to noise (Lipman et al. 2023)
+``"edm"``       ``sigma alpha/d``,  ``F`` inside EDM's denoiser, ``alpha = c_in = 1 / sqrt(sigma^2 + d^2)``,
+                ``-d alpha``        ``d`` being its ``sigma_data``; ``"edm_v"`` is ``-F``
 ==============  ==================  ===================================================================
 
 On the axes of the flow, in the symbols of :mod:`ifpyro.flow.axes.schedule`, equal noise on every pixel is equal noise
@@ -49,11 +51,18 @@ PREDICTIONS: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]] = {
     "epsilon": lambda alpha, sigma: (torch.zeros_like(alpha), torch.ones_like(alpha)),
     "v": lambda alpha, sigma: (-alpha * sigma, alpha),
     "flow": lambda alpha, sigma: (-torch.ones_like(alpha), torch.ones_like(alpha)),
+    "edm": lambda alpha, sigma: (sigma * alpha / _sd(alpha, sigma), -_sd(alpha, sigma) * alpha),
+    "edm_v": lambda alpha, sigma: (-sigma * alpha / _sd(alpha, sigma), _sd(alpha, sigma) * alpha),
 }
 """Name -> ``(p, q)`` of what a network predicts."""
 
-SYNONYMS = {"sample": "x0", "v_prediction": "v"}  # of the diffusers library
+SYNONYMS = {"sample": "x0", "v_prediction": "v", "flow_prediction": "flow"}  # of the diffusers library
 _TOLERANCE = 1e-5  # relative, of noise levels
+
+
+def _sd(alpha: Tensor, sigma: Tensor) -> Tensor:
+    """EDM's ``sigma_data``, of ``alpha = c_in``."""
+    return (alpha.double().pow(-2) - sigma.double().square()).sqrt().to(alpha)
 
 
 def check_prediction(prediction: str) -> str:
