@@ -30,7 +30,7 @@ BANDWIDTHS = (0.15, 0.25, 0.4, 0.6, 0.9, 1.2)
 WIDTHS = (1.0, 1.0, 1.0, 1.6)
 """Gaussians around the draws as a whole, in standard deviations; the widest guards the tails."""
 
-MAX_REFERENCES, MAX_COMPONENTS = 512, 128
+MAX_REFERENCES, MAX_COMPONENTS = 512, 512
 """Most draws a proposal is fitted to, and most kernels around them: its density costs as much as it has kernels."""
 
 MAX_DIM = 32
