@@ -30,6 +30,7 @@ from .axes.basis import Basis
 from .axes.schedule import Schedule
 from .distribution import ConditionalFlowTransform
 from .given import GivenFlow
+from .mapped import Mapped
 from .networks.conditional import ConditionalVelocity
 from .networks.conditional_mixture import conditional_mixture_parts
 from .solver.discrete_map import DiscreteMap, Switches
@@ -39,19 +40,7 @@ if TYPE_CHECKING:
     import pyro.distributions as dist
 
 
-def _switch(name: str, doc: str) -> Any:
-    """A property that stands for a switch of the map of flows yet to be given a condition."""
-
-    def get(flow: "ConditionalFlow") -> Any:
-        return getattr(flow.map.switches, name)
-
-    def put(flow: "ConditionalFlow", value: Any) -> None:
-        flow.map.switch(**{name: value})
-
-    return property(get, put, doc=doc)
-
-
-class ConditionalFlow(nn.Module):
+class ConditionalFlow(Mapped, nn.Module):
     """A flow of data ``x`` given a condition ``c``, usually made by ``ifpyro.fit(x, condition=c)``.
 
     Shapes: conditions are ``(*batch, *condition_shape)``; data ``(*batch, *event_shape)`` and latents ``(*batch,
@@ -144,11 +133,6 @@ class ConditionalFlow(nn.Module):
     # -- what it is -------------------------------------------------------------------------------------------------
 
     @property
-    def latent_dim(self) -> int:
-        """Number of latent coordinates."""
-        return self.basis.dim
-
-    @property
     def support(self) -> Constraint | None:
         """What the data obey; None for real data."""
         return located(self.chart.support, self.device)
@@ -157,40 +141,6 @@ class ConditionalFlow(nn.Module):
     def condition_shape(self) -> torch.Size:
         """Shape of one condition."""
         return self.conditions.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating point type of the flow's buffers."""
-        return self.basis.scale.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the flow lives."""
-        return self.basis.scale.device
-
-    @property
-    def grid(self) -> Grid:
-        """The fine solver grid."""
-        return self.map.grid
-
-    @grid.setter
-    def grid(self, grid: Grid) -> None:
-        self.map.grid = grid
-
-    @property
-    def coarse_steps(self) -> int:
-        """Steps of the cheap map under ``ifpyro.fidelity("coarse")``."""
-        return self.map.coarse_steps
-
-    @coarse_steps.setter
-    def coarse_steps(self, steps: int) -> None:
-        self.map.coarse_steps = steps
-
-    refinements = _switch("refinements", "Fixed-point iterations a step of the inverse.")
-    exact_up_to = _switch("exact_up_to", "Axes up to which log-determinants are exact.")
-    autocast = _switch("autocast", "Reduced precision of the network's products, or None.")
-    gradient_checkpointing = _switch("gradient_checkpointing", "Whether gradients run every solver step again.")
-    cuda_graphs = _switch("cuda_graphs", "Whether decodes on a GPU are recorded and played back.")
 
     # -- one condition, or many -------------------------------------------------------------------------------------
 

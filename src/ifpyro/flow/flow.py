@@ -31,9 +31,10 @@ from ..data.constrained import ChartTransform
 from ..data.parts import chart_of, located
 from ..data.support import as_support, support_to_dict
 from .axes.basis import Basis
-from .axes.schedule import Angles, Schedule
+from .axes.schedule import Schedule
 from .decoder import Decoder
 from .distribution import FlowTransform, flow_prior
+from .mapped import Mapped
 from .networks.mixture import mixture_parts
 from .networks.velocity import Velocity
 from .solver.compiled import try_compiled
@@ -44,18 +45,6 @@ from .trajectory import participation_ratio, rescaled_path
 
 if TYPE_CHECKING:
     import pyro.distributions as dist
-
-
-def _switch(name: str, doc: str) -> Any:
-    """A property that stands for a switch of the flow's map."""
-
-    def get(flow: "InflationaryFlow") -> Any:
-        return getattr(flow.map.switches, name)
-
-    def put(flow: "InflationaryFlow", value: Any) -> None:
-        flow.map.switch(**{name: value})
-
-    return property(get, put, doc=doc)
 
 
 class LogProbEstimate(NamedTuple):
@@ -76,7 +65,7 @@ class LogProbEstimate(NamedTuple):
     standard_error: Tensor
 
 
-class InflationaryFlow(nn.Module):
+class InflationaryFlow(Mapped, nn.Module):
     """An invertible map between data ``x`` and a latent ``z ~ N(0, I)``, with densities.
 
     Usually made by :func:`ifpyro.fit` or :func:`ifpyro.load`. Shapes are ``(*batch, *event_shape)`` for ``x`` and
@@ -205,11 +194,6 @@ class InflationaryFlow(nn.Module):
     # -- shapes, dtypes, devices ------------------------------------------------------------------------------------
 
     @property
-    def latent_dim(self) -> int:
-        """Number of latent coordinates: the dimension of the unconstrained data."""
-        return self.basis.dim
-
-    @property
     def support(self) -> Constraint | None:
         """The constraint that the data obey, None for real ones; its bounds are exact, and where the flow is."""
         return located(self.chart.support, self.device)
@@ -223,46 +207,7 @@ class InflationaryFlow(nn.Module):
         """Shape of the batch of distributions that this is: none, unless it has conditions."""
         return torch.Size()
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Floating point type of the flow's buffers."""
-        return self.basis.scale.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the flow lives."""
-        return self.basis.scale.device
-
     # -- how the map is run -----------------------------------------------------------------------------------------
-
-    @property
-    def angles(self) -> Angles:
-        """The angles of the schedule on the flow's axes."""
-        return self.map.angles
-
-    @property
-    def grid(self) -> Grid:
-        """The fine solver grid, the map that *is* the model."""
-        return self.map.grid
-
-    @grid.setter
-    def grid(self, grid: Grid) -> None:
-        self.map.grid = grid
-
-    @property
-    def coarse_steps(self) -> int:
-        """Steps of the cheap map used under ``ifpyro.fidelity("coarse")``."""
-        return self.map.coarse_steps
-
-    @coarse_steps.setter
-    def coarse_steps(self, steps: int) -> None:
-        self.map.coarse_steps = steps
-
-    refinements = _switch("refinements", "Fixed-point iterations a step of the inverse.")
-    exact_up_to = _switch("exact_up_to", "Axes up to which log-determinants are exact.")
-    autocast = _switch("autocast", "Reduced precision of the network's products, or None.")
-    gradient_checkpointing = _switch("gradient_checkpointing", "Whether gradients run every solver step again.")
-    cuda_graphs = _switch("cuda_graphs", "Whether decodes on a GPU are recorded and played back.")
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
