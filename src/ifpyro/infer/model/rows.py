@@ -100,9 +100,12 @@ class PlateRows:
         decoded = dict(known)
         for name, axis in self.sites.items():
             site, flow = self.runner.layout.latents[name], self.runner.flows[name]
-            z = self._z(q, site).movedim(axis + 1, 1)
-            x = known[name].movedim(axis + 1, 1).clone()
-            x[rows] = flow.decode(z[rows].to(site.dtype))
+            z = self._z(q, site).to(site.dtype)
+            if flow.batch_shape:  # every row has a condition of its own, which goes by its place in the batch
+                decoded[name] = flow.decode(z)
+                continue
+            z, x = z.movedim(axis + 1, 1), known[name].movedim(axis + 1, 1).clone()
+            x[rows] = flow.decode(z[rows])
             decoded[name] = x.movedim(1, axis + 1)
         return decoded
 
