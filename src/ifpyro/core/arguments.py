@@ -93,8 +93,8 @@ def check_batch_size(value: object) -> int | None:
     return int(value)  # type: ignore[call-overload]
 
 
-def check_device(device: object, name: str = "device") -> torch.device | None:
-    """``device`` as a device that is here and can hold data, or None as it is.
+def check_device(device: object, name: str = "device", *, meta: bool = False) -> torch.device | None:
+    """``device`` as a device that is here and can hold data (or, if allowed, shapes alone), or None as it is.
 
     Raises:
         ValueError: if torch knows no such device, or it is not here.
@@ -103,7 +103,7 @@ def check_device(device: object, name: str = "device") -> torch.device | None:
         return None
     try:
         found = torch.device(device) if isinstance(device, str | torch.device) else None
-        if found is not None and found.type != "meta":
+        if found is not None and (meta or found.type != "meta"):
             torch.empty(1, device=found)
             return found
         reason = "it holds no data" if found is not None else "it is neither a name nor a torch.device"

@@ -57,7 +57,7 @@ def load_flow(
         >>> torch.equal(again.sample(5, seed=0), trained.sample(5, seed=0))
         True
     """
-    device = check_device(device)
+    device = check_device(device, meta=True)
     tensors, header = read_tensors(check_path("load", path), "flow")
     with reading(path, "a flow"):
         spec = header["network"]

@@ -560,7 +560,7 @@ class InflationaryFlow(Mapped, nn.Module):
         """Data with a point inside the support in place of those that are not, which were, and the others' density."""
         x = self._checked(x, self.event_shape, "x")
         settled, inside = self.chart.settled(x)
-        missing = x.isnan().reshape(*inside.shape, -1).any(-1)
+        missing = x.isnan().flatten(inside.ndim).any(-1) if self.event_shape else x.isnan()
         return settled, inside, torch.where(missing, math.nan, -math.inf).to(x)
 
     def _checked(self, value: Any, event: torch.Size, name: str) -> Tensor:
