@@ -26,7 +26,8 @@ def test_figures_are_those_of_arviz(shape, correlation):
     figures = convergence_figures(x)
     for k in range(shape[2]):
         column = x[:, :, k]
-        theirs = [arviz.rhat(column), arviz.ess(column, method="bulk"), arviz.ess(column, method="tail")]
+        tail = arviz.ess(column, method="tail", prob=(0.05, 0.95))
+        theirs = [arviz.rhat(column), arviz.ess(column, method="bulk"), tail]
         np.testing.assert_allclose([figures.r_hat[k], figures.bulk[k], figures.tail[k]], theirs, rtol=1e-9)
 
 
@@ -105,7 +106,8 @@ def test_pareto_k_is_that_of_arviz(count, scale):
         from arviz_stats.base import array_stats
 
         theirs = float(array_stats.psislw(-x)[1])
-    assert pareto_k(torch.from_numpy(x)) == pytest.approx(theirs, rel=1e-6)
+    close = 1e-6 if hasattr(arviz, "psislw") else 0.03  # newer ones take a tail of another length
+    assert pareto_k(torch.from_numpy(x)) == pytest.approx(theirs, rel=close, abs=close)
 
 
 def test_weights_without_a_tail():
