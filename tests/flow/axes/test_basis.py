@@ -245,7 +245,7 @@ def test_set_up_makes_no_square_matrix():
     with Watch():
         basis = Basis.choose(x)
         basis.from_standard(basis.to_standard(x))
-    assert 1 <= basis.principal <= 16  # noise alone has no leading axes
+    assert basis.principal == 1  # noise alone has no leading axes
     assert largest <= x.numel()
 
 

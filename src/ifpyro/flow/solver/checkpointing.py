@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...core.precision import full_precision
+from .steps import is_wrapped
 
 
 def recompute(function: Callable[[Tensor], Any], y: Tensor) -> Any:
@@ -38,7 +39,7 @@ class _Recomputed(torch.autograd.Function):
     @full_precision()  # as in the pass that is run again
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (y,) = ctx.saved_tensors
-        if not torch.is_grad_enabled() and not any(_is_wrapped(v) for v in (y, *gradients)):
+        if not torch.is_grad_enabled() and not any(is_wrapped(v) for v in (y, *gradients)):
             # Nobody differentiates again: buffers are freed on the way back, which torch.func's product keeps.
             with torch.enable_grad():
                 leaf = y.detach().requires_grad_(True)
@@ -51,7 +52,3 @@ class _Recomputed(torch.autograd.Function):
             return None, torch.autograd.grad(values, leaf, cotangents)[0]
         value, pull_back = torch.func.vjp(ctx.function, y)  # type: ignore[misc]
         return None, pull_back(gradients if isinstance(value, tuple) else gradients[0])[0]
-
-
-def _is_wrapped(tensor: Tensor) -> bool:
-    return bool(torch._C._functorch.is_functorch_wrapped_tensor(tensor))
